@@ -47,6 +47,8 @@ class DreamConfig(PreTrainedConfig):
         tree_min_node_probability (`float`): Leave out nodes that, by the drafter's estimate, are reached with less than
             this probability. Saves verification; 0 verifies `tree_size` nodes whatever they promise.
         visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3).
+        draft_vocab_size (`int`, *optional*): How many tokens may be drafted; by default the whole vocabulary. Which ones is
+            saved with the weights as `draft_token_ids`; set both with [`DreamDrafter.set_draft_vocabulary`].
 
     Raises:
         ValueError: An inconsistent or out-of-range value; the message names the argument and its value.
@@ -89,6 +91,7 @@ class DreamConfig(PreTrainedConfig):
     tree_min_level_probability: float | int = 0.0
     tree_min_node_probability: float | int = 0.0
     visual_keep_ratio: float | int = 0.75
+    draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):
         self.block_types = list(self.block_types)
@@ -107,6 +110,11 @@ class DreamConfig(PreTrainedConfig):
         for name in (*positive, "head_dim", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` ({self.draft_vocab_size}) must lie between 1 and `vocab_size` ({self.vocab_size}), or be "
+                "None to draft from the whole vocabulary."
+            )
         if self.num_attention_heads % self.num_key_value_heads:  # type: ignore[operator]
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
@@ -140,6 +148,10 @@ class DreamConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` ({value!r}) must be an integer of at least 1.")
         if self.tree_top_k > self.vocab_size:
             raise ValueError(f"`tree_top_k` ({self.tree_top_k}) must not exceed `vocab_size` ({self.vocab_size}).")
+        if self.draft_vocab_size is not None and self.tree_top_k > self.draft_vocab_size:
+            raise ValueError(
+                f"`tree_top_k` ({self.tree_top_k}) must not exceed `draft_vocab_size` ({self.draft_vocab_size})."
+            )
         for name in ("tree_min_level_probability", "tree_min_node_probability"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must lie in [0, 1).")
