@@ -51,12 +51,12 @@ def load_models(
         OSError: Nothing to load under one of the names.
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
-    source = _demo_folder("TARGET") if target == DEMO else target
+    source = _demo_folder("target") if target == DEMO else target
     model, processor = _load_target(source, pick_dtype(dtype), revision, attn_implementation, device_map)
     model = model.eval()
     if drafter is None:
         return Models(model, processor, None)
-    source = _demo_folder("DRAFTER") if drafter == DEMO else drafter
+    source = _demo_folder("drafter") if drafter == DEMO else drafter
     loaded: Any = DreamDrafter.from_pretrained(source, dtype=model.dtype, revision=drafter_revision)
     return Models(model, processor, loaded.to(model.device).eval())
 
@@ -105,5 +105,5 @@ def _load_target(
 def _demo_folder(name: str) -> Path:
     from .demo import pair
 
-    pair.check_weights()
-    return getattr(pair, name)
+    pair.check_weights(name)
+    return pair.TARGET if name == "target" else pair.DRAFTER

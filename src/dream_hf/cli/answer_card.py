@@ -29,11 +29,18 @@ def check_card(path: str, font: str | None) -> None:
 
 
 def load_font(path: str | None) -> Any:
-    """The font of a file, or Pillow's own."""
+    """The font of a file, or Pillow's own; tried out, because broken files can be opened."""
     try:
-        return ImageFont.load_default(TEXT_SIZE) if path is None else ImageFont.truetype(path, TEXT_SIZE)
-    except (OSError, ImportError) as error:
+        font = ImageFont.load_default(TEXT_SIZE) if path is None else ImageFont.truetype(path, TEXT_SIZE)
+        font.getmask("Ag09.,%")
+    except (OSError, ImportError, ValueError) as error:
+        if path is None:
+            raise ValueError(
+                f"`--save` draws text with Pillow's own font, which this Pillow cannot load ({error}): reinstall it with "
+                "`pip install --force-reinstall pillow`, or leave `--save` out."
+            ) from error
         raise ValueError(f"`--font` ({path!r}) cannot be read as a font: {error}") from error
+    return font
 
 
 def draw_card(image: Image.Image, result: Comparison, font_path: str | None = None) -> Image.Image:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf demo`."""
     parser.add_argument("--task", choices=TASKS, default="scene", help="kind of the bundled picture (default: scene)")
     parser.add_argument(
-        "--picture", type=whole_number(0), default=0, help="which of the held-out pictures (default: 0)"
+        "--seed", type=whole_number(0), metavar="N", help="draw another held-out picture of that kind instead"
     )
     parser.add_argument("--image", metavar="FILE", help="a picture of your own; needs --prompt")
     parser.add_argument("--prompt", help="what to ask; by default the request that comes with the bundled picture")
@@ -35,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Stream both, compare, report."""
-    if (args.image is None) != (args.prompt is None) and args.image is not None:
+    if args.image is not None and args.prompt is None:
         raise ValueError("`--image` needs `--prompt`: say what to ask about the picture.")
+    if args.image is not None and args.seed is not None:
+        raise ValueError("`--seed` draws a picture and `--image` names one: give one of the two.")
     if (args.target is None) != (args.drafter is None):
         raise ValueError("`--target` and `--drafter` belong together: give both, or neither for the bundled pair.")
-    image = None if args.image is None else open_picture(args.image, "--image")
+    image, prompt = _picture(args)
     if args.save is not None:
         from .answer_card import check_card
 
@@ -48,13 +50,10 @@ def run(args: argparse.Namespace) -> None:
     from .comparison import compare, encode
 
     target, drafter, processor = _load(args)
-    if image is None:
-        image, prompt = _bundled(args.task, args.picture)
-        args.prompt = args.prompt or prompt
-    inputs = encode(processor, args.prompt, image)
-    streams = (None, None) if args.json else _streams(target, processor, args)
+    inputs = encode(processor, prompt, image)
+    streams = (None, None) if args.json else _streams(target, processor, prompt, args.color)
     result = compare(target, drafter, processor, inputs, args.max_new_tokens, args.repeats, streams)
-    report = {**result.report(), "prompt": args.prompt, "task": None if args.image else args.task}
+    report = {**result.report(), "prompt": prompt, "task": None if args.image else args.task}
     if args.json:
         print(json.dumps(report))
     else:
@@ -93,22 +92,29 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return load_pair(dtype, pick_device(args.device))
 
 
-def _bundled(task: str, picture: int) -> tuple[Any, str]:
-    """A held-out picture and the request that comes with it."""
-    from ..demo.rows import TRAIN_SEED_LIMIT, make_rows
+def _picture(args: argparse.Namespace) -> tuple[Any, str]:
+    """The picture to ask about and what to ask: the user's, one drawn for `--seed`, or the bundled one of the task."""
+    if args.image is not None:
+        return open_picture(args.image, "--image"), args.prompt
+    from ..demo.pictures import bundled_picture, draw_picture
+    from ..demo.rows import TRAIN_SEED_LIMIT
 
-    row = make_rows(task, 1, TRAIN_SEED_LIMIT + picture)[0]
-    return row["images"][0], row["messages"][0]["content"][1]["text"]
+    if args.seed is not None:
+        image, request = draw_picture(args.task, TRAIN_SEED_LIMIT + args.seed)
+    else:
+        file, request = bundled_picture(args.task)
+        image = open_picture(file, "--task")
+    return image, request if args.prompt is None else args.prompt
 
 
-def _streams(target: Any, processor: Any, args: argparse.Namespace) -> tuple[Any, Any]:
+def _streams(target: Any, processor: Any, prompt: str, color: str) -> tuple[Any, Any]:
     """What shows the two answers as they come."""
     from ..data.chat import tokenizer_of
     from .streaming import StepStreamer, wants_color
 
     tokenizer = tokenizer_of(processor)
-    print(f"prompt: {args.prompt}\n")
+    print(f"prompt: {prompt}\n")
     return (
         StepStreamer(tokenizer, "plain:       "),
-        StepStreamer(tokenizer, "speculative: ", target, wants_color(args.color)),
+        StepStreamer(tokenizer, "speculative: ", target, wants_color(color)),
     )

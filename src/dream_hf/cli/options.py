@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -43,14 +44,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
-def open_picture(path: str, name: str) -> Any:
+def open_picture(path: str | Path, name: str) -> Any:
     """A picture of the user's in RGB; `name` is the option it came with."""
     from ..data.images import load_image
 
     try:
         return load_image(path)
     except (OSError, TypeError) as error:
-        raise ValueError(f"`{name}` ({path!r}) cannot be read as a picture: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"`{name}` ({str(path)!r}) cannot be read as a picture: {reason}") from error
 
 
 def whole_number(least: int) -> Any:

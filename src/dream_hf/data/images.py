@@ -7,6 +7,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+# What Pillow's decoders raise for broken headers, besides OSError, and for sizes that would not fit into memory.
+BROKEN = (ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
 
 def load_image(value: Any, folder: Path | None = None) -> Image.Image:
     """
@@ -19,21 +22,27 @@ def load_image(value: Any, folder: Path | None = None) -> Image.Image:
 
     Raises:
         TypeError: `value` is of another type.
-        OSError: There is no such file, or it is not a picture.
+        OSError: There is no such file, or it is not a picture, broken, or far too large to decode.
     """
     if isinstance(value, Image.Image):
         return upright(value)
     if isinstance(value, bytes):
-        with Image.open(io.BytesIO(value)) as image:
-            return upright(image)
+        return _decode(io.BytesIO(value))
     if isinstance(value, Mapping):
         return load_image(_stored_image(value), folder)
     if isinstance(value, str | Path):
         if str(value).startswith(("http://", "https://")):
             raise TypeError(f"the picture {str(value)!r} is an address; download it and give its path")
-        with Image.open((folder or Path()) / Path(value).expanduser()) as image:
-            return upright(image)
+        return _decode((folder or Path()) / Path(value).expanduser())
     raise TypeError(f"a picture must be a PIL image, a path, bytes or {{'bytes', 'path'}}, not {type(value).__name__}")
+
+
+def _decode(source: io.BytesIO | Path) -> Image.Image:
+    try:
+        with Image.open(source) as image:
+            return upright(image)
+    except BROKEN as error:
+        raise OSError(f"the picture cannot be decoded: {error}") from error
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -34,12 +34,17 @@ def load_pair(dtype: torch.dtype = torch.float32, device: str | torch.device = "
     return target.to(device).eval(), drafter.to(device).eval(), AutoProcessor.from_pretrained(TARGET)
 
 
-def check_weights() -> None:
-    """Raise an `OSError` that says what to do where the bundled weights are missing."""
-    for name, folder in (("target", TARGET), ("drafter", DRAFTER)):
-        if not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(
-                f"The bundled demo {name} has no weights: this copy of the package came without {folder.name}/*.safetensors. "
-                "Install a released package, train the pair with examples/demo_pair, or name your own with --target and "
-                "--drafter."
-            )
+def check_weights(*names: str) -> None:
+    """Raise an `OSError` that says what to do where bundled files are missing.
+
+    Args:
+        names (`str`): What is needed: "target", "drafter"; both by default.
+    """
+    folders = {"target": TARGET, "drafter": DRAFTER}
+    for name in names or tuple(folders):
+        for file in ("config.json", "model.safetensors"):
+            if not (folders[name] / file).is_file():
+                raise FileNotFoundError(
+                    f"The bundled demo {name} is incomplete: this copy of the package came without demo/{name}/{file}. "
+                    f"Install a released package, train the pair with examples/demo_pair, or name your own with --{name}."
+                )
