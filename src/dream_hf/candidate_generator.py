@@ -57,10 +57,6 @@ class DreamCandidateGenerator(CandidateGenerator):
     ):
         self.target, self.drafter = Target(target), drafter
         self.max_length = None if generation_config is None else generation_config.max_length
-        self.head = TargetHead(
-            embed=lambda token_ids: self.target.embed(token_ids.to(self.target.model.device)),
-            logits=lambda features: self.target.logits(features.to(self.feature_device, self.feature_dtype)),
-        )
         self._scopes = ExitStack()
         self._record: DecoderRecord | None = None
         self._start()
@@ -116,6 +112,12 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     def _start(self) -> None:
         self.state = DrafterState(self.drafter, batch_size=1)
+        draft_logits = self.target.draft_logits(self.drafter)
+        self.head = TargetHead(
+            embed=lambda token_ids: self.target.embed(token_ids.to(self.target.model.device)),
+            logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
+            token_ids=self.drafter.draft_token_ids,
+        )
         self._wants_attention = False
         self._received: torch.Tensor | None = None  # attention each key received in the prefill, (1, K)
         if self._record is not None:

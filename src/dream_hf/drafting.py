@@ -25,10 +25,14 @@ LEVEL_PRICE = 1e-3
 
 @dataclass(frozen=True)
 class TargetHead:
-    """The two ends of the target a drafter borrows: `embed` (ids (...) -> (..., H)) and `logits` ((..., H) -> (..., V))."""
+    """The two ends of the target a drafter borrows: `embed` (ids (...) -> (..., H)) and `logits` ((..., H) -> (..., V)).
+
+    With `token_ids` (R,), a reduced draft vocabulary on the drafter's device, `logits` are those of these tokens, (..., R).
+    """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
     logits: Callable[[torch.Tensor], torch.Tensor]
+    token_ids: torch.Tensor | None = None
 
 
 class DrafterState:
@@ -212,9 +216,14 @@ def _promise(beam_scores: torch.Tensor) -> float:
 
 
 def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and tokens of the `top_k` likeliest successors: (B, n, H) -> (B, n, k) each."""
+    """Log-probabilities, relative to what may be drafted, and tokens of the `top_k` likeliest successors.
+
+    (B, n, H) -> (B, n, k) each.
+    """
     logits = head.logits(features).to(features.device)
     scores, tokens = logits.topk(top_k, dim=-1)
+    if head.token_ids is not None:
+        tokens = head.token_ids[tokens]
     return scores - logits.logsumexp(-1, keepdim=True), tokens
 
 

@@ -127,9 +127,11 @@ class _Decoding:
         self.slots = Slots([0] * batch)
         self.layers: list[SlotLayer] = []
         self.state = DrafterState(drafter, batch)
+        draft_logits = target.draft_logits(drafter)
         self.head = TargetHead(
             embed=lambda token_ids: target.embed(token_ids.to(self.embed_device)),
-            logits=lambda features: target.logits(features.to(self.feature_device, self.feature_dtype)),
+            logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
+            token_ids=drafter.draft_token_ids,
         )
 
     # --- the phases ---

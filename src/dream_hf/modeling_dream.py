@@ -6,6 +6,7 @@ the self-attention and the cross-attention can see, those in the cache included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoints import StrictPreTrainedModel
 from .configuration_dream import DreamConfig
+from .draft_vocabulary import sorted_token_ids
 
 
 @dataclass
@@ -199,6 +201,8 @@ class DreamDrafter(DreamPreTrainedModel):
     and its features go through the target's head.
     """
 
+    draft_token_ids: torch.Tensor | None  # (draft_vocab_size,) rising, or None for all tokens
+
     def __init__(self, config: DreamConfig):
         super().__init__(config)
         self.input_norm = _norm_or_identity(config, config.normalize_inputs)
@@ -206,6 +210,8 @@ class DreamDrafter(DreamPreTrainedModel):
         self.layers = nn.ModuleList(_make_block(config, index) for index in range(len(config.block_types)))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
+        num_drafted = config.draft_vocab_size  # which tokens these are comes with the checkpoint or is set later
+        self.register_buffer("draft_token_ids", None if num_drafted is None else torch.full((num_drafted,), -1))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -223,6 +229,23 @@ class DreamDrafter(DreamPreTrainedModel):
         config = DreamConfig.from_target(target.config, **config_overrides)
         drafter: Any = cls(config)
         return drafter.to(device=target.device, dtype=target.dtype).eval()
+
+    def set_draft_vocabulary(self, token_ids: Sequence[int] | torch.Tensor | None) -> None:
+        """Draft these tokens only from now on, with those rows of the target's head; saved with the weights.
+
+        What the target generates stays the same: it verifies over its whole vocabulary. Drafted probabilities are
+        relative to the tokens that may be drafted.
+
+        Args:
+            token_ids (`Sequence[int]` or `torch.LongTensor` of shape `(R,)`, *optional*): The tokens, in any order, as
+                `choose_draft_vocabulary` chooses them; `None` for the whole vocabulary again.
+
+        Raises:
+            ValueError: No whole numbers, none at all, repeats, or tokens beyond `config.vocab_size`.
+        """
+        ids = None if token_ids is None else sorted_token_ids(token_ids, self.config.vocab_size).to(self.device)
+        self.draft_token_ids = ids
+        self.config.draft_vocab_size = None if ids is None else len(ids)
 
     def forward(
         self,

@@ -5,11 +5,11 @@ The only module that looks inside target models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention import current_tree, tree_masks_available
+from .draft_vocabulary import reduced_head
+
+if TYPE_CHECKING:
+    from .modeling_dream import DreamDrafter
 
 VISUAL_TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -87,6 +91,16 @@ class Target:
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """The target's logits (..., V) for features (..., H) in float32, scaling and soft-capping included."""
         return self.logit_rule(self.lm_head(features).float())
+
+    def draft_logits(self, drafter: DreamDrafter) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`logits` as a drafter drafts from them: of its `draft_token_ids` alone, (..., H) -> (..., R), or of all tokens.
+
+        What is returned holds the head as it is now; ask again for the next `generate()`.
+        """
+        if drafter.draft_token_ids is None:
+            return self.logits
+        head = reduced_head(self.lm_head, drafter)
+        return lambda features: self.logit_rule(head(features).float())
 
     def learn_logit_rule(self, features: torch.Tensor, logits: torch.Tensor) -> None:
         """Find out what the target does to its head's output, from features (B, H) and the logits (B, V) it made of them.
