@@ -13,7 +13,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_dream import DreamConfig
 from .downloads import HUB_ARGUMENTS
-from .loading import INDEX, WEIGHTS, check_shapes, load_config, open_checkpoint, refuse_keys, with_variant
+from .draft_vocabulary import check_token_ids
+from .loading import (
+    INDEX,
+    WEIGHTS,
+    check_shapes,
+    load_config,
+    open_checkpoint,
+    read_tensor,
+    refuse_keys,
+    with_variant,
+)
 from .model_card import library_versions, write_card
 from .publishing import add_custom_generate, collect_files, commit_files, create_repo
 
@@ -50,6 +60,8 @@ class StrictPreTrainedModel(PreTrainedModel):
             config.check_shape()
             config.check_drafting()
             check_shapes(source, checkpoint.shapes, cls.expected_shapes(config))
+            if config.draft_vocab_size is not None:
+                check_token_ids(read_tensor(checkpoint, "draft_token_ids"), config.vocab_size)
         loaded: Any = super().from_pretrained(
             source, *model_args, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )

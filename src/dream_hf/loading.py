@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import extract_commit_hash
@@ -22,6 +23,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Tensors that are no floating point numbers, and what they are.
+INTEGERS = {"draft_token_ids": "I64"}
 # What transformers would follow to other files, other code or another architecture; `save_pretrained` writes none of it.
 FOREIGN_FIELDS = {
     "attn_implementation",
@@ -79,6 +82,15 @@ def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub
             raise ValueError(f"{source}: more than one shard holds {_listed(twice)}. Save the drafter again.")
         shapes.update(header)
     return Checkpoint(tuple(files), hub["revision"], shapes)
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint that has it."""
+    for file in checkpoint.files:
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - no dict
+                return tensors.get_tensor(name)
+    raise KeyError(name)
 
 
 def read_object(source: str | os.PathLike, file: Path) -> dict[str, Any]:
@@ -218,7 +230,14 @@ def _read_header(source: str | os.PathLike, file: Path) -> Shapes:
             shapes = {name: tuple(entry.get_shape()) for name, entry in slices.items()}
     except SafetensorError as error:
         raise _discard(source, file, f"it is no whole safetensors file ({error})") from error
-    if integers := [f"{name} ({kind})" for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
+    wrong = [name for name in kinds.keys() & INTEGERS.keys() if kinds[name] != INTEGERS[name]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} in {file.name} of {os.fspath(source)!r} is {kinds[wrong[0]]}; it must be int64.")
+    if integers := [
+        f"{name} ({kind})"
+        for name, kind in kinds.items()
+        if not kind.startswith(("F", "BF")) and name not in INTEGERS
+    ]:
         raise ValueError(
             f"{file.name} of {os.fspath(source)!r} holds no floating point numbers in {_listed(integers)}."
         )

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .caches import unsupported_layer
 from .configuration_dream import describe_target
+from .draft_vocabulary import check_draft_vocabulary
 from .modeling_dream import DreamDrafter
 from .targets import unwrap
 
@@ -40,6 +41,7 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
     check_target(model, drafter)
     _check_strategy(generation_config)
     drafter.config.check_drafting()
+    check_draft_vocabulary(drafter.draft_token_ids, drafter.config.draft_vocab_size, drafter.config.vocab_size)
     _check_weights(drafter)
 
 
