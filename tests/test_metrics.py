@@ -113,7 +113,7 @@ def test_chain_hits_equal_a_count_by_hand():
     batch, view = batch_of(target, text, 1.0)
     drafter = imitate(target, batch, tree_depth=2, tree_top_k=3, tree_size=6)
     counts = AcceptanceCounts(2)
-    count_chain_hits(drafter, view.logits, batch, counts)
+    count_chain_hits(drafter, TargetHead(view.embed, view.logits), batch, counts)
     assert counts.asked == [7 + 5, 6 + 4]
     with torch.no_grad():
         hidden = drafter(batch.text.embeds, batch.text.features[:, :-1], position_ids=batch.text.positions)

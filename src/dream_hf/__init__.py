@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .candidate_generator import DreamCandidateGenerator as DreamCandidateGenerator
     from .candidate_generator import dream_chain_generate as dream_chain_generate
     from .configuration_dream import DreamConfig as DreamConfig
+    from .data import count_answer_tokens as count_answer_tokens
+    from .draft_vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from .generation import dream_generate as dream_generate
     from .modeling_dream import DreamDrafter as DreamDrafter
     from .outputs import DreamGenerateOutput as DreamGenerateOutput
@@ -24,6 +26,8 @@ _MODULES = {
     "DreamGenerateOutput": "outputs",
     "DreamTrainer": "trainer",
     "DreamTrainingArguments": "training_args",
+    "choose_draft_vocabulary": "draft_vocabulary",
+    "count_answer_tokens": "data",
     "dream_chain_generate": "candidate_generator",
     "dream_generate": "generation",
 }

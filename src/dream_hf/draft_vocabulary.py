@@ -37,10 +37,14 @@ def choose_draft_vocabulary(counts: Tensor, size: int, required_ids: Iterable[in
         ValueError: A size outside of 1 to V, or more required tokens than that; a token that does not exist.
     """
     if counts.ndim != 1:
-        raise ValueError(f"`counts` has shape {tuple(counts.shape)}; pass one count for each token, (vocabulary size,).")
+        raise ValueError(
+            f"`counts` has shape {tuple(counts.shape)}; pass one count for each token, (vocabulary size,)."
+        )
     required = sorted(set(required_ids))
     if required and not 0 <= required[0] <= required[-1] < len(counts):
-        raise ValueError(f"`required_ids` ({required}) must lie in [0, {len(counts)}), the tokens that `counts` is of.")
+        raise ValueError(
+            f"`required_ids` ({required}) must lie in [0, {len(counts)}), the tokens that `counts` is of."
+        )
     if not max(1, len(required)) <= size <= len(counts):
         raise ValueError(
             f"`size` ({size}) must lie between {max(1, len(required))} (there are {len(required)} `required_ids`) and "

@@ -234,9 +234,7 @@ def _read_header(source: str | os.PathLike, file: Path) -> Shapes:
     if wrong:
         raise ValueError(f"{wrong[0]} in {file.name} of {os.fspath(source)!r} is {kinds[wrong[0]]}; it must be int64.")
     if integers := [
-        f"{name} ({kind})"
-        for name, kind in kinds.items()
-        if not kind.startswith(("F", "BF")) and name not in INTEGERS
+        f"{name} ({kind})" for name, kind in kinds.items() if not kind.startswith(("F", "BF")) and name not in INTEGERS
     ]:
         raise ValueError(
             f"{file.name} of {os.fspath(source)!r} holds no floating point numbers in {_listed(integers)}."

@@ -7,7 +7,6 @@ alone, tree by tree, from features of one target forward. B rows, K tokens, N pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -157,14 +156,12 @@ class _Replay:
 
 
 @torch.no_grad()
-def count_chain_hits(
-    drafter: DreamDrafter, logits: Callable[[Tensor], Tensor], batch: DrafterBatch, counts: AcceptanceCounts
-) -> None:
+def count_chain_hits(drafter: DreamDrafter, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts) -> None:
     """Draft a chain below every answer token, its tokens the answer's own, and see at every depth what it would draft.
 
     Args:
         drafter (`DreamDrafter`): The drafter.
-        logits (`Callable`): The target's head, (n, H) -> (n, V).
+        head (`TargetHead`): The target's embedding and head.
         batch (`DrafterBatch`): Texts with the target's features.
         counts (`AcceptanceCounts`): Gets the hits.
     """
@@ -178,7 +175,10 @@ def count_chain_hits(
         counts.asked[step.index] += len(wanted)
         size = max(1, MAX_LOGITS // drafter.config.vocab_size)
         for hidden, tokens in zip(step.hidden.split(size), wanted.split(size), strict=True):
-            is_hit = logits(hidden).to(tokens.device).topk(top_k, dim=-1).indices == tokens[:, None]
+            drafted = head.logits(hidden).to(tokens.device).topk(top_k, dim=-1).indices
+            if head.token_ids is not None:
+                drafted = head.token_ids[drafted]
+            is_hit = drafted == tokens[:, None]
             counts.top_1[step.index] += int(is_hit[:, 0].sum())
             counts.top_k[step.index] += int(is_hit.any(-1).sum())
 

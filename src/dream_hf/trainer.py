@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from .objective import Objective, ObjectiveValue, add_noise, rms
 from .targets import Target, unwrap
 from .trainer_setup import (
     check_models,
+    check_vocabulary_request,
+    choose_vocabulary,
     describe_features,
     freeze,
     make_objective,
@@ -86,6 +88,7 @@ class DreamTrainer(WholeCheckpointTrainer):
     ) -> None:
         args = args or DreamTrainingArguments(output_dir="tmp_trainer")
         check_models(model, target)
+        check_vocabulary_request(model, args, train_dataset, peft_config)
         if processing_class is None:
             raise ValueError("`processing_class` is missing; pass the target's processor, with its chat template.")
         if train_dataset is None and eval_dataset is None:
@@ -117,6 +120,8 @@ class DreamTrainer(WholeCheckpointTrainer):
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
                 self._probe(each, name)
+        if args.draft_vocab_size is not None:
+            self._choose_vocabulary()
 
     # --- data ---
 
@@ -147,6 +152,16 @@ class DreamTrainer(WholeCheckpointTrainer):
             f"None of the first {num_rows} rows of `{name}` has an answer token. Rows need `messages` with at least one "
             "assistant message, and `max_length` must leave room for it."
         )
+
+    def _choose_vocabulary(self) -> None:
+        """Set what the drafter may draft, the same in every process."""
+
+        def add_up(counts: Tensor) -> Tensor:
+            return self.accelerator.reduce(counts.to(self.args.device), "sum").cpu()
+
+        data: Any = self.train_dataset
+        drafter: Any = unwrap(self.model)
+        choose_vocabulary(drafter, self.target.model, self.processing_class, data, self.args, add_up)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of conversations, or of their features with `feature_cache_dir`."""
@@ -254,9 +269,17 @@ class DreamTrainer(WholeCheckpointTrainer):
 
     def logits(self, features: Tensor) -> Tensor:
         """The target's logits (..., V) for features (..., H), on the features' device."""
+        return self._run_head(self.target.logits, features)
+
+    def _draft_logits(self, drafter: DreamDrafter) -> Callable[[Tensor], Tensor]:
+        """The logits of what a drafter may draft, made as `logits` are."""
+        head = self.target.draft_logits(drafter)
+        return lambda features: self._run_head(head, features)
+
+    def _run_head(self, head: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
         weight: Any = self.target.lm_head.weight
         dtype = weight.dtype if weight.dtype.is_floating_point else self.target.model.dtype
-        return self.target.logits(features.to(weight.device, dtype)).to(features.device)
+        return head(features.to(weight.device, dtype)).to(features.device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the drafter: six per weight and token."""
@@ -345,7 +368,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         drafter, was_training = self._whole_drafter(), self.model.training
         drafter.eval()
         counts = AcceptanceCounts(drafter.config.tree_depth)
-        head = TargetHead(self._embed, self.logits)
+        head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids)
         loss, num_items = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
         for raw_inputs in dataloader:
             inputs = self._prepare_inputs(raw_inputs)
@@ -356,7 +379,7 @@ class DreamTrainer(WholeCheckpointTrainer):
                 loss += self.objective(drafter, batch, features, self.logits).total
                 num_items += batch.predicts.sum()
                 replay_decoding(drafter, head, batch, counts)
-                count_chain_hits(drafter, self.logits, batch, counts)
+                count_chain_hits(drafter, head, batch, counts)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
         metrics = self._gather_metrics(counts, loss, num_items)
@@ -381,6 +404,8 @@ class DreamTrainer(WholeCheckpointTrainer):
         weights = {name: whole_weight(weight) for name, weight in drafter.named_parameters()}
         if all(weights[name] is weight for name, weight in drafter.named_parameters()):
             return drafter
+        if drafter.draft_token_ids is not None:
+            weights["draft_token_ids"] = drafter.draft_token_ids
         whole: Any = DreamDrafter(copy.deepcopy(drafter.config))
         whole.load_state_dict(weights)
         return whole.to(self.args.device)

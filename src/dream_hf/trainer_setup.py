@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_dream import describe_target
+from .data import ConversationDataset, count_answer_tokens
+from .draft_vocabulary import check_draft_vocabulary, choose_draft_vocabulary
 from .feature_cache import fingerprint_rows, fingerprint_weights
 from .features import FeatureExtractor, LayerSelection
 from .modeling_dream import DreamDrafter
@@ -63,6 +66,47 @@ def prepare_drafter(drafter: Any, args: DreamTrainingArguments, peft_config: Any
 
         drafter = get_peft_model(drafter, peft_config)
     return drafter
+
+
+def check_vocabulary_request(drafter: Any, args: DreamTrainingArguments, train_dataset: Any, peft_config: Any) -> None:
+    """Refuse a draft vocabulary that cannot be chosen, and a drafter whose own was never set."""
+    config, size = unwrap(drafter).config, args.draft_vocab_size
+    if size is None:
+        check_draft_vocabulary(unwrap(drafter).draft_token_ids, config.draft_vocab_size, config.vocab_size)
+        return
+    if size > config.vocab_size:
+        raise ValueError(f"`draft_vocab_size` ({size}) exceeds the target's vocabulary ({config.vocab_size}).")
+    if train_dataset is None:
+        raise ValueError(f"`draft_vocab_size` ({size}) is chosen from the training answers; pass `train_dataset`.")
+    if peft_config is not None:
+        raise ValueError(
+            f"`draft_vocab_size` ({size}) cannot be saved with adapters (`peft_config`): call `set_draft_vocabulary` on the "
+            "drafter that they are merged into."
+        )
+
+
+def choose_vocabulary(
+    drafter: DreamDrafter,
+    target: PreTrainedModel,
+    processor: Any,
+    dataset: ConversationDataset,
+    args: DreamTrainingArguments,
+    add_up: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Let a drafter draft the ends of answers and what is most frequent in those of `dataset`.
+
+    Every process counts its share of the rows; `add_up` adds the counts of all.
+    """
+    size: Any = args.draft_vocab_size  # it has been asked for
+    share = range(args.process_index, len(dataset), args.world_size)
+    counts = add_up(count_answer_tokens(dataset, processor, drafter.config.vocab_size, share))
+    ends = {getattr(processor, "tokenizer", processor).eos_token_id}
+    for config in (target.generation_config, drafter.config):
+        ends |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+    token_ids = choose_draft_vocabulary(counts, size, sorted(ends - {None}))
+    drafter.set_draft_vocabulary(token_ids)
+    covered = counts[token_ids].sum() / counts.sum().clamp(min=1)
+    logger.info(f"The {size:,} tokens that may be drafted make up {covered:.2%} of the training answers.")
 
 
 def freeze(target: Any, args: DreamTrainingArguments) -> Any:

@@ -58,6 +58,11 @@ class DreamTrainingArguments(TrainingArguments):
             (HASS, EAGLE-3); 1 is the paper's.
         rollout_decay (`float`, defaults to 0.8): Step k weighs `rollout_decay**k`.
 
+    What may be drafted:
+        draft_vocab_size (`int`, *optional*):
+            Draft only this many tokens, those that end answers and the most frequent of the training answers; by default
+            what the drafter's config says. Losses are over the whole vocabulary all the same.
+
     Data:
         max_length (`int`, *optional*, defaults to 4096):
             Longest row in tokens, images included. Longer ones lose answer text or last turns, never part of an image.
@@ -108,6 +113,12 @@ class DreamTrainingArguments(TrainingArguments):
     rollout_steps: int = _argument(1, "Training steps fed with the drafter's own features; 1 is the paper's.")
     rollout_decay: float = _argument(0.8, "Step k of a rollout weighs rollout_decay**k.")
 
+    # -- what may be drafted
+    draft_vocab_size: int | None = _argument(
+        None,
+        "Draft only this many tokens, the most frequent of the training answers; by default what the drafter does.",
+    )
+
     # -- data
     max_length: int | None = _argument(4096, "Longest row in tokens, images included.")
     max_bad_rows: int = _argument(100, "Rows of a dataset that may be skipped because they cannot be used.")
@@ -150,6 +161,7 @@ class DreamTrainingArguments(TrainingArguments):
         self._require(0, math.inf, "acceptance_loss_weight", "feature_noise", "max_bad_rows")
         self._require(1, math.inf, "rollout_steps", "early_stopping_patience", "static_layer_index")
         self._require(2, math.inf, "max_length")
+        self._require(1, math.inf, "draft_vocab_size")
         for name in ("static_layer_depth", "candidate_depth", "visual_keep_ratio", "rollout_decay"):
             self._require(0, 1, name, is_open_below=True)
         self._require(0, math.inf, "feature_cache_max_gb", is_open_below=True)

@@ -34,6 +34,17 @@ def parse_row(row: Any, folder: Path | None = None) -> Conversation:
         ValueError: The row does not follow the convention, or its pictures and image parts do not match.
         OSError: A picture cannot be read.
     """
+    messages, values = _parse(row)
+    return Conversation(messages, [load_image(value, folder) for value in values])
+
+
+def parse_messages(row: Any) -> list[dict[str, Any]]:
+    """The `messages` of [`parse_row`], without loading a picture. Raises the same `ValueError`s."""
+    return _parse(row)[0]
+
+
+def _parse(row: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A row's messages, and its pictures as they are stored."""
     if not isinstance(row, Mapping):
         raise ValueError(f"a row must be a dict with `messages`, not a {type(row).__name__}")
     raw_messages = row.get("messages")
@@ -55,7 +66,7 @@ def parse_row(row: Any, folder: Path | None = None) -> Conversation:
         raise ValueError(
             f"the messages have {count_image_parts(messages)} image parts and the row has {len(values)} pictures"
         )
-    return Conversation(messages, [load_image(value, folder) for value in values])
+    return messages, values
 
 
 def count_image_parts(messages: list[dict[str, Any]]) -> int:
