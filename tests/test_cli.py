@@ -1,35 +1,25 @@
 """The command line: what each command prints and writes, and how it refuses."""
 
 import json
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from command_line import expected_answer, refusal
 from processors import make_image, train_tokenizer
-from tiny_pair import picture_row, save_pair, tiny_processor, tiny_target
+from tiny_pair import picture_row, save_pair, tiny_target
 
 from dream_hf import DreamDrafter
 from dream_hf.cli import main
 from dream_hf.cli.main import COMMANDS
-from dream_hf.demo import make_rows, pair
 from dream_hf.models import load_models
-from dream_hf.prompts import PromptEncoder
-
-COLOR = re.compile(r"\x1b\[\d*m")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("pair"), tree_depth=3, tree_size=8)
-
-
-@pytest.fixture
-def bundled(folders, monkeypatch):
-    monkeypatch.setattr(pair, "TARGET", folders[0])
-    monkeypatch.setattr(pair, "DRAFTER", folders[1])
 
 
 @pytest.fixture
@@ -40,28 +30,6 @@ def picture(tmp_path):
 
 def models(folders):
     return ["--target", str(folders[0]), "--drafter", str(folders[1]), "--device", "cpu"]
-
-
-def refusal(capsys, *arguments):
-    """What the command says when it refuses, which must be one line and exit code 2."""
-    try:
-        code = main(list(arguments))
-    except SystemExit as stop:  # argparse's own refusals
-        return str(capsys.readouterr().err) if stop.code == 2 else f"exit code {stop.code}"
-    captured = capsys.readouterr()
-    assert code == 2
-    message = captured.err.strip().splitlines()[-1]
-    assert message.startswith(f"dream-hf {arguments[0]}: error: ")
-    assert "Traceback" not in captured.err
-    return message
-
-
-def expected_answer(folders, prompt, images, limit):
-    target, encoder = tiny_target(), PromptEncoder(tiny_processor())
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
-    inputs = encoder.encode([([{"role": "user", "content": content}], images)])
-    output = target.generate(**inputs, do_sample=False, max_new_tokens=limit)
-    return encoder.decode(output[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 # -- help -------------------------------------------------------------------------------------------------------------
@@ -92,96 +60,7 @@ def test_no_command_prints_the_help(capsys):
     assert "COMMAND" in capsys.readouterr().out
 
 
-# -- demo -------------------------------------------------------------------------------------------------------------
-
-
-def test_demo_json(bundled, folders, capsys):
-    assert main(["demo", "--json", "--max-new-tokens", "12", "--repeats", "2"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    row = make_rows("scene", 1, 1_000_000)[0]
-    prompt = row["messages"][0]["content"][1]["text"]
-    assert report["identical"] is True and report["prompt"] == prompt and report["repeats"] == 2
-    assert report["text"] == expected_answer(folders, prompt, row["images"], 12)
-    assert report["speedup"] == pytest.approx(report["plain_seconds"] / report["dream_seconds"])
-    gains = report["accepted_lengths"]
-    assert report["tau"] == pytest.approx(sum(gains) / len(gains)) and sum(gains) == report["num_tokens"] - 1
-
-
-def test_demo_streams_both_answers_and_sums_up(bundled, folders, capsys):
-    assert main(["demo", "--task", "chart", "--max-new-tokens", "10", "--repeats", "1", "--color", "always"]) == 0
-    output = capsys.readouterr().out
-    row = make_rows("chart", 1, 1_000_000)[0]
-    answer = expected_answer(folders, row["messages"][0]["content"][1]["text"], row["images"], 10)
-    plain, speculative = (output.split(f"{title}: ")[1] for title in ("plain", "speculative"))
-    assert COLOR.sub("", speculative).strip().startswith(answer) and plain.strip().startswith(answer)
-    assert COLOR.search(speculative) and not COLOR.search(plain.split("speculative")[0])
-    assert all(word in output for word in ("identical    yes", "speedup", "tokens/s", "tau"))
-
-
-def test_demo_without_color_separates_steps(bundled, capsys):
-    arguments = ["demo", "--max-new-tokens", "6", "--repeats", "1", "--color", "never"]
-    assert main(arguments) == 0
-    output = capsys.readouterr().out
-    assert not COLOR.search(output)
-    assert "|" in output.split("speculative: ")[1].split("identical")[0]
-
-
-def test_demo_reports_a_difference(bundled, capsys, monkeypatch):
-    from dream_hf import generation
-
-    pick = generation.Chooser.verify
-
-    def wrong(self, *args):
-        verdict = pick(self, *args)
-        verdict.acceptance.tokens.fill_(5)
-        return verdict
-
-    monkeypatch.setattr(generation.Chooser, "verify", wrong)
-    assert main(["demo", "--json", "--max-new-tokens", "8", "--repeats", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["identical"] is False
-
-
-def test_demo_with_a_picture_of_ones_own_and_a_card(bundled, folders, picture, tmp_path, capsys):
-    from PIL import Image
-
-    saved = tmp_path / "out.png"
-    arguments = ["--image", picture, "--prompt", "hello", "--max-new-tokens", "10", "--repeats", "1"]
-    assert main(["demo", "--json", *arguments, "--save", str(saved)]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["text"] == expected_answer(folders, "hello", [make_image(color="blue")], 10)
-    with Image.open(saved) as card:
-        assert card.width > card.height > 100
-        assert len(card.getcolors(1_000_000)) > 10  # something is drawn
-
-
-def test_demo_refuses(bundled, picture, tmp_path, capsys):
-    assert "no-such.png" in refusal(capsys, "demo", "--image", "no-such.png", "--prompt", "x")
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    broken = refusal(capsys, "demo", "--image", str(tmp_path / "broken.png"), "--prompt", "x")
-    assert "cannot be read as a picture" in broken
-    assert "`--image` needs `--prompt`" in refusal(capsys, "demo", "--image", picture)
-    assert "invalid choice: 'poem'" in refusal(capsys, "demo", "--task", "poem")
-    assert "cannot be read as a font" in refusal(capsys, "demo", "--save", "out.png", "--font", picture)
-    assert "does not exist" in refusal(capsys, "demo", "--save", str(tmp_path / "nowhere" / "out.png"))
-    assert "must end as a picture does" in refusal(capsys, "demo", "--save", str(tmp_path / "out.txt"))
-    assert "belong together" in refusal(capsys, "demo", "--target", "demo")
-    assert "no floating-point dtype" in refusal(capsys, "demo", "--dtype", "int8")
-    assert "cannot be used here" in refusal(capsys, "demo", "--device", "nonsense")
-
-
-def test_a_bundled_pair_without_weights(folders, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pair, "TARGET", tmp_path / "target")
-    assert "target has no weights" in refusal(capsys, "demo")
-    assert "target has no weights" in refusal(capsys, "generate", "--target", "demo", "--prompt", "x")
-    with pytest.raises(OSError, match="no weights"):
-        pair.load_pair()
-
-
-def test_load_pair(bundled):
-    target, drafter, processor = pair.load_pair()
-    assert target.dtype == drafter.dtype == torch.float32
-    assert not target.training and not drafter.training
-    assert processor.chat_template
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
@@ -199,7 +78,7 @@ def test_load_models_puts_both_on_one_device_in_one_dtype(folders, device):
 
 def test_generate_with_several_pictures(folders, picture, capsys):
     arguments = ["--image", picture, "--image", picture, "--prompt", "hello", "--max-new-tokens", "8", "--json"]
-    answer = expected_answer(folders, "hello", [make_image(color="blue")] * 2, 8)
+    answer = expected_answer("hello", [make_image(color="blue")] * 2, 8)
     assert main(["generate", *models(folders), *arguments]) == 0
     drafted = json.loads(capsys.readouterr().out)
     assert main(["generate", "--target", str(folders[0]), "--device", "cpu", *arguments]) == 0
@@ -235,7 +114,7 @@ def _picture(folder):
 def test_generate_streams(folders, capsys):
     assert main(["generate", *models(folders), "--prompt", "hello", "--max-new-tokens", "8"]) == 0
     output = capsys.readouterr().out
-    assert output.startswith(expected_answer(folders, "hello", [], 8)[:5])
+    assert output.startswith(expected_answer("hello", [], 8)[:5])
     assert "tokens/s" in output and "bonus included" in output
 
 
@@ -294,7 +173,7 @@ def test_regenerate(folders, tmp_path, capsys):
     assert main(["regenerate", *models(folders), *arguments, "--max-new-tokens", "8"]) == 0
     assert "1 rows, 1 cut at the length limit" in capsys.readouterr().out
     row = json.loads((tmp_path / "out.jsonl").read_text())
-    assert row["messages"][1]["content"][0]["text"] == expected_answer(folders, "hello", [], 8)
+    assert row["messages"][1]["content"][0]["text"] == expected_answer("hello", [], 8)
     assert "does not exist" in refusal(capsys, "regenerate", *models(folders), "--rows", "none.jsonl", *arguments[2:])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,25 @@ from .comparison import Comparison
 
 WIDTH, MARGIN, PICTURE, LINE = 1000, 24, 320, 24
 TEXT_SIZE = 15
-BAR_HEIGHT = 16  # pixels for each token gained
+TIME_BAR, GAIN_UNIT, WIDEST_GAIN = (
+    18,
+    14,
+    40,
+)  # heights of a bar of time and of one token gained; width of a step's bar
+LABELS = 110  # room for what stands left of the bars of time
 TINTS = ("#cdeaf2", "#f7e9b8", "#d3efcf", "#ead6ef", "#d6ddf7")
-INK, PAPER = "#202024", "#ffffff"
+INK, FAINT, PAPER, STRONG = "#202024", "#6b6b74", "#ffffff", "#3b7ea1"
 
 
 def check_card(path: str, font: str | None) -> None:
     """Raise a `ValueError` for a file that could not be written as a picture, or a font that cannot be read."""
-    known = Image.registered_extensions()
-    if Path(path).suffix.lower() not in known:
+    known, file = Image.registered_extensions(), Path(path).expanduser()
+    if known.get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"`--save` ({path!r}) must end as a picture does, in .png for instance.")
-    if not Path(path).expanduser().resolve().parent.is_dir():
+    if not file.resolve().parent.is_dir():
         raise ValueError(f"`--save` ({path!r}) is in a folder that does not exist.")
+    if file.is_dir():
+        raise ValueError(f"`--save` ({path!r}) is a folder; name a file.")
     load_font(font)
 
 
@@ -43,50 +52,66 @@ def load_font(path: str | None) -> Any:
     return font
 
 
-def draw_card(image: Image.Image, result: Comparison, font_path: str | None = None) -> Image.Image:
-    """Draw the image, the answer and the acceptance per step."""
+def draw_card(image: Image.Image, prompt: str, result: Comparison, font_path: str | None = None) -> Image.Image:
+    """Draw the image, the prompt and the answer, the time both ways took, and what each step gained."""
     font = load_font(font_path)
     report = result.report()
-    words = list(_layout(result.pieces, font))
-    text_height = (max((y for _, y, _, _ in words), default=0)) + LINE
-    top = max(PICTURE, text_height) + 2 * MARGIN + LINE
+    room = WIDTH - PICTURE - 3 * MARGIN
+    asked = list(_layout([prompt], font, room))
+    answer = list(_layout(result.pieces, font, room))
+    answer_top = MARGIN + _height(asked) + LINE // 2
+    times_top = max(MARGIN + PICTURE, answer_top + _height(answer)) + MARGIN
+    gains_top = times_top + 4 * LINE
     most = max(report["accepted_lengths"], default=1)
-    card = Image.new("RGB", (WIDTH, top + most * BAR_HEIGHT + 2 * MARGIN + LINE), PAPER)
+    card = Image.new("RGB", (WIDTH, gains_top + 2 * LINE + most * GAIN_UNIT + MARGIN), PAPER)
     draw = ImageDraw.Draw(card)
     card.paste(_fitted(image), (MARGIN, MARGIN))
     left = PICTURE + 2 * MARGIN
-    for x, y, step, word in words:
-        place = (left + x, MARGIN + y)
+    for x, y, _, word in asked:
+        draw.text((left + x, MARGIN + y), word, fill=FAINT, font=font)
+    for x, y, step, word in answer:
+        place = (left + x, answer_top + y)
         draw.rectangle((*place, place[0] + font.getlength(word), place[1] + LINE - 4), fill=TINTS[step % len(TINTS)])
         draw.text(place, word, fill=INK, font=font)
-    draw.text((MARGIN, top - LINE), _headline(report), fill=INK, font=font)
-    _draw_bars(draw, report["accepted_lengths"], top + MARGIN // 2, most, font)
+    _draw_times(draw, report, times_top, font)
+    _draw_gains(draw, report, gains_top, most, font)
     return card
 
 
-def _headline(report: dict[str, Any]) -> str:
-    tau = "" if report["tau"] is None else f", tau {report['tau']:.2f} (bonus included)"
-    same = "identical to plain decoding" if report["identical"] else "NOT identical to plain decoding"
-    return (
-        f"{report['speedup']:.2f}x: {report['dream_seconds']:.2f} s instead of {report['plain_seconds']:.2f} s, "
-        f"{report['num_tokens']} tokens, {same}{tau}. Tokens gained by each step:"
-    )
-
-
-def _layout(pieces: list[str], font: Any) -> Iterator[tuple[float, int, int, str]]:
+def _layout(pieces: list[str], font: Any, room: int) -> Iterator[tuple[float, int, int, str]]:
     """Words with their places and steps, broken into lines."""
     x, y = 0.0, 0
-    room = WIDTH - PICTURE - 3 * MARGIN
     for step, piece in enumerate(pieces):
-        for word in re.findall(r"\n| *[^ \n]+| +", piece):
+        for word in _words(piece, font, room):
             if word == "\n":
                 x, y = 0.0, y + LINE
                 continue
-            width = font.getlength(word)
-            if x + width > room and x > 0:
-                x, y = 0.0, y + LINE
-            yield x, y, step, word
-            x += width
+            shown = word
+            if x + font.getlength(word) > room and x > 0:
+                x, y, shown = 0.0, y + LINE, word.lstrip(" ")
+            if shown:
+                yield x, y, step, shown
+                x += font.getlength(shown)
+
+
+def _words(text: str, font: Any, room: int) -> Iterator[str]:
+    """Words with the spaces before them, and line breaks; words wider than a line in parts that are not."""
+    for word in re.findall(r"\n| *[^ \n]+| +", text.replace("\t", "    ")):
+        start = 0
+        while font.getlength(word[start:]) > room:
+            ends = range(start + 1, len(word))
+            fitting = bisect_right(ends, room, key=partial(_width_from, font, word, start))
+            yield word[start : start + max(fitting, 1)]
+            start += max(fitting, 1)
+        yield word[start:]
+
+
+def _width_from(font: Any, word: str, start: int, end: int) -> float:
+    return font.getlength(word[start:end])
+
+
+def _height(words: list[tuple[float, int, int, str]]) -> int:
+    return max((y for _, y, _, _ in words), default=0) + LINE
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -96,13 +121,31 @@ def _fitted(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def _draw_bars(draw: Any, gains: list[int], top: int, most: int, font: Any) -> None:
-    room = WIDTH - 2 * MARGIN
-    width = min(room / max(len(gains), 1), 28.0)
-    bottom = top + most * BAR_HEIGHT
+def _draw_times(draw: Any, report: dict[str, Any], top: int, font: Any) -> None:
+    """A bar for the time of each way, to one scale, and what came out."""
+    same = "identical answers" if report["identical"] else "the answers are NOT identical"
+    draw.text((MARGIN, top), f"{report['speedup']:.2f}x as fast, {same}", fill=INK, font=font)
+    seconds = {"plain": report["plain_seconds"], "speculative": report["dream_seconds"]}
+    room = WIDTH - 2 * MARGIN - LABELS - 4 * LINE
+    for row, (name, value) in enumerate(seconds.items(), start=1):
+        y, end = top + row * LINE + 4, MARGIN + LABELS + room * value / max(seconds.values())
+        draw.text((MARGIN, y), name, fill=FAINT, font=font)
+        draw.rectangle((MARGIN + LABELS, y, end, y + TIME_BAR), fill=STRONG if name == "speculative" else FAINT)
+        draw.text((end + 8, y), f"{value:.2f} s", fill=INK, font=font)
+
+
+def _draw_gains(draw: Any, report: dict[str, Any], top: int, most: int, font: Any) -> None:
+    """A bar for each step, as high as the tokens it gained."""
+    gains = report["accepted_lengths"]
+    tau = "" if report["tau"] is None else f", {report['tau']:.2f} on average (tau, bonus included)"
+    title = f"Tokens gained by each step{tau}:" if gains else "One token, and no step after it."
+    draw.text((MARGIN, top), title, fill=INK, font=font)
+    width = min((WIDTH - 2 * MARGIN) / max(len(gains), 1), WIDEST_GAIN)
+    bottom = top + LINE + 4 + most * GAIN_UNIT
     for step, gain in enumerate(gains, start=1):
         left = MARGIN + (step - 1) * width
-        tint = TINTS[step % len(TINTS)]
-        draw.rectangle((left, bottom - gain * BAR_HEIGHT, left + width - 2, bottom), fill=tint, outline=INK)
-        if width >= 14:
-            draw.text((left + width / 2 - 4, bottom + 2), str(gain), fill=INK, font=font)
+        gap = 2 if width >= 6 else 0
+        draw.rectangle((left, bottom - gain * GAIN_UNIT, left + width - gap, bottom), fill=TINTS[step % len(TINTS)])
+        number = str(gain)
+        if width >= font.getlength(number) + 2:
+            draw.text((left + (width - gap) / 2, bottom + 2), number, fill=INK, font=font, anchor="ma")

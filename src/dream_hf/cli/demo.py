@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from .options import add_json, open_picture, quiet, whole_number
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         from .answer_card import draw_card
 
-        draw_card(image, result, args.font).save(args.save)
+        draw_card(image, prompt, result, args.font).save(Path(args.save).expanduser())
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from ..version import __version__
 from . import bench, convert, demo, generate, push, regenerate, train
@@ -53,9 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage of some commands fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` shows the options\n")
+
+
+def make_parser() -> Parser:
     """The parser of all commands but `train`, which reads its own arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dream-hf",
         description="Speculative decoding for vision-language models: the target's own output, several tokens at a time.",
         epilog="`dream-hf COMMAND --help` shows a command's options and an example. Set DREAM_HF_TRACEBACK=1 to see "
