@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +98,11 @@ def _words(text: str, font: Any, room: int) -> Iterator[str]:
     for word in re.findall(r"\n| *[^ \n]+| +", text.replace("\t", "    ")):
         start = 0
         while font.getlength(word[start:]) > room:
-            ends = range(start + 1, len(word))
-            fitting = bisect_right(ends, room, key=partial(_width_from, font, word, start))
-            yield word[start : start + max(fitting, 1)]
-            start += max(fitting, 1)
+            widths = [font.getlength(word[start:end]) for end in range(start + 1, len(word) + 1)]
+            fitting = max(bisect_right(widths, room), 1)
+            yield word[start : start + fitting]
+            start += fitting
         yield word[start:]
-
-
-def _width_from(font: Any, word: str, start: int, end: int) -> float:
-    return font.getlength(word[start:end])
 
 
 def _height(words: list[tuple[float, int, int, str]]) -> int:
