@@ -1,0 +1,113 @@
+"""What a decoding step costs on full-size targets with random weights, with simulated acceptance.
+
+    python benchmarks/engine.py --output engine.json
+    python benchmarks/engine.py --shapes llava-1.6-7b --prompts 1500 --batches 1
+    python benchmarks/engine.py --tiny --device cpu --no-compiled
+
+Needs torch, transformers and dream_hf, and no download. A stopped run goes on where it was when it is started again with the
+same settings and `--output`. docs/benchmarking.md says what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_floor import measure_bandwidth
+from engine_report import NOTE, Results, describe, table
+from engine_rows import WAYS, Settings, attempt, measure_row, release_memory
+from engine_shapes import SHAPES, TINY, Shape, make_drafter, make_target
+from tqdm.auto import tqdm
+
+Key = tuple[int, int]  # prompt length, batch size
+
+
+def main(arguments: Sequence[str] | None = None) -> Results:
+    options = parse_options(arguments)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    settings = Settings(
+        tree=options.tree, num_steps=options.steps, repeats=options.repeats, with_compiled=not options.no_compiled
+    )
+    bandwidth = measure_bandwidth(device)
+    results = Results(describe(device, dtype, settings, bandwidth), options.output)
+    shapes = [TINY] if options.tiny else [SHAPES[name] for name in options.shapes]
+    keys = [(prompt, batch) for prompt in options.prompts for batch in options.batches]
+    print(NOTE)
+    with tqdm(total=len(shapes) * len(keys), unit="row") as progress:
+        for shape in shapes:
+            todo = [key for key in keys if not results.has(shape.name, *key)]
+            progress.update(len(keys) - len(todo))
+            if todo:
+                measure_shape(shape, todo, settings, results, progress, dtype, device)
+    print(table(results.rows, settings.taus))
+    return results
+
+
+def measure_shape(
+    shape: Shape,
+    keys: Sequence[Key],
+    settings: Settings,
+    results: Results,
+    progress: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Make one pair of models and measure its rows."""
+    models: dict[str, Any] = {}
+
+    def make_models() -> dict[str, Any]:
+        models["target"] = make_target(shape, device, dtype)
+        models["drafter"] = make_drafter(models["target"], *settings.tree)
+        return {}
+
+    progress.set_description(f"{shape.name}: making weights")
+    failure = attempt(make_models)
+    for prompt_length, batch in keys:
+        progress.set_description(f"{shape.name}, prompt {prompt_length}, batch {batch}")
+        if failure:
+            figures: dict[str, Any] = dict.fromkeys(WAYS, failure)
+        else:
+            bandwidth = results.provenance["copy_bytes_per_second"]
+            figures = measure_row(
+                **models, prompt_length=prompt_length, batch=batch, settings=settings, bandwidth=bandwidth
+            )
+        row = results.add(shape.name, prompt_length, batch, figures)
+        tqdm.write(table([row], settings.taus))
+        progress.update()
+    models.clear()
+    release_memory()
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
+                        help=f"targets, out of {', '.join(SHAPES)} (all)")  # fmt: skip
+    parser.add_argument("--prompts", nargs="+", type=int, default=[500, 1500, 6000], help="prompt lengths in tokens")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="batch sizes")
+    parser.add_argument("--tree", type=parse_tree, default=(6, 4, 32), help="depth/top_k/size (6/4/32)")
+    parser.add_argument(
+        "--steps", type=int, default=32, help="steps at tau 5; all runs make 5 x this many tokens (32)"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs of each kind, the median counts (1)")
+    parser.add_argument("--device", default=default_device, help=f"({default_device})")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--no-compiled", action="store_true", help="leave the compiled ways out")
+    parser.add_argument("--tiny", action="store_true", help="one tiny shape instead, to see whether the script runs")
+    parser.add_argument("--output", type=Path, help="JSON file, written after every row")
+    return parser.parse_args(arguments)
+
+
+def parse_tree(text: str) -> tuple[int, int, int]:
+    try:
+        depth, top_k, size = (int(part) for part in text.split("/"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"`{text}` must be depth/top_k/size, such as 6/4/32") from error
+    return depth, top_k, size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Simulated acceptance: the true continuation, planted in drafted trees with given probabilities.
+
+Weights drawn at random say nothing that could be predicted. So the tree is drafted as always and then some of its tokens
+are replaced: along one path from the root, as far as this step is meant to get, by what the target will say; and wherever
+else the drafter happened to guess right, by a token the target will not say. Shape and cost of the step stay what they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dream_hf import generation
+from dream_hf.benchmark.measure import synchronize
+from dream_hf.tree import DraftTree
+
+
+def accept_probability(tau: float, depth: int) -> float:
+    """The probability p of accepting one more token with 1 + p + p^2 + ... + p^depth = tau, bonus included."""
+    if not 1 <= tau <= depth + 1:
+        raise ValueError(
+            f"`tau` ({tau}) must lie between 1 and {depth + 1}, the most a tree of depth {depth} can gain."
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = sum(middle**level for level in range(depth + 1))
+        low, high = (middle, high) if expected < tau else (low, middle)
+    return (low + high) / 2
+
+
+def make_plan(tau: float, depth: int, num_tokens: int, batch: int, seed: int = 0) -> Tensor:
+    """How many drafted tokens each step accepts, (batch, steps).
+
+    A token is accepted with the same probability at every depth (if its parent was), such that a step gains `tau` tokens
+    in expectation. Draws are stratified, and set right by single tokens, so that every row gains `num_tokens` tokens in
+    all, bonus tokens included: rows differ in their order only, and end together.
+    """
+    num_steps = max(round(num_tokens / tau), 1)
+    if not num_steps <= num_tokens <= num_steps * (depth + 1):
+        raise ValueError(
+            f"`num_tokens` ({num_tokens}) cannot be gained in {num_steps} steps of a tree of depth {depth}."
+        )
+    probability = accept_probability(tau, depth)
+    draws = (torch.arange(num_steps) + 0.5) / num_steps
+    reached = probability ** torch.arange(1, depth + 1)
+    accepted = (draws[:, None] < reached).sum(-1)
+    generator = torch.Generator().manual_seed(seed)
+    while (missing := num_tokens - num_steps - int(accepted.sum())) != 0:
+        is_open = accepted < depth if missing > 0 else accepted > 0
+        step = torch.multinomial(is_open.float(), 1, generator=generator)
+        accepted[step] += 1 if missing > 0 else -1
+    return torch.stack([accepted[torch.randperm(num_steps, generator=generator)] for _ in range(batch)])
+
+
+def plant(tree: DraftTree, continuation: Tensor, accepted: Tensor, vocab_size: int) -> DraftTree:
+    """The tree such that the target accepts `accepted` (B,) drafted tokens of each row.
+
+    Args:
+        tree (`DraftTree`): As drafted; only its tokens change.
+        continuation (`torch.LongTensor` of shape `(B, depth + 1)`): The root's token and what follows it.
+        accepted (`torch.LongTensor` of shape `(B,)`): How far the target is to follow.
+        vocab_size (`int`): For a token that is not the true one.
+    """
+    rows = torch.arange(tree.tokens.shape[0], device=tree.tokens.device)
+    path = tree.ancestors[rows, tree.depths.argmax(-1)]  # to one of the deepest nodes
+    is_planted = path & (tree.depths <= accepted[:, None])
+    truth = continuation.gather(1, tree.depths)
+    others = torch.where(tree.tokens == truth, (truth + 1) % vocab_size, tree.tokens)
+    tokens = torch.where(is_planted, truth, others)
+    return DraftTree(tokens, tree.parents, tree.depths, tree.ancestors, tree.max_depth)
+
+
+class Planting:
+    """Lets drafts be accepted as planned in one call of `generate()`, the one that generates `texts` anew.
+
+    Args:
+        texts (`torch.LongTensor` of shape `(B, length)`): The prompts and their greedy continuations.
+        prompt_length (`int`): Tokens of a prompt.
+        plan (`torch.LongTensor` of shape `(B, steps)`): From [`make_plan`].
+        depth (`int`): Of the trees.
+        num_skipped (`int`): Steps before `started_at`.
+    """
+
+    def __init__(self, texts: Tensor, prompt_length: int, plan: Tensor, depth: int, num_skipped: int = 0):
+        gained = plan + 1
+        roots = prompt_length + gained.cumsum(-1) - gained  # (B, steps); the first one comes out of the prefill
+        ahead = (roots[..., None] + torch.arange(depth + 1)).clamp(max=texts.shape[1] - 1).to(texts.device)
+        rows = torch.arange(texts.shape[0], device=texts.device)[:, None, None]
+        self.continuations = texts[rows, ahead].transpose(0, 1).contiguous()  # (steps, B, depth + 1)
+        self.accepted = plan.T.contiguous().to(texts.device)
+        self.num_skipped = num_skipped
+        self.num_steps = 0
+        self.started_at = 0.0  # when the device had done all before step `num_skipped`
+        self.state: Any = None  # the drafter's, of the last step
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Plant into all trees that are drafted while in the block."""
+        drafted = generation.grow_tree
+
+        def grow_tree(state: Any, head: Any, root_tokens: Tensor, config: Any) -> DraftTree:
+            step = self.num_steps
+            if step == self.num_skipped:
+                synchronize(root_tokens.device)
+                self.started_at = time.perf_counter()
+            self.num_steps, self.state = step + 1, state
+            tree = drafted(state, head, root_tokens, config)
+            if step >= len(self.accepted):  # some step was accepted less far than planned, which the caller will see
+                return tree
+            return plant(tree, self.continuations[step], self.accepted[step], config.vocab_size)
+
+        generation.grow_tree = grow_tree
+        try:
+            yield
+        finally:
+            generation.grow_tree = drafted
