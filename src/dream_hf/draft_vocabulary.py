@@ -83,7 +83,8 @@ def check_token_ids(token_ids: Tensor, vocab_size: int, name: str = "draft_token
     if low < 0 or high >= vocab_size:
         unset = " (-1 stands for a vocabulary that was never set)" if low == -1 else ""
         raise ValueError(
-            f"`{name}` reaches from {low}{unset} to {high}; tokens lie in [0, {vocab_size}), the drafter's `vocab_size`. {REMEDY}"
+            f"`{name}` reaches from {low}{unset} to {high}; tokens lie in [0, {vocab_size}), the drafter's `vocab_size`. "
+            + REMEDY
         )
     if not bool((token_ids[1:] > token_ids[:-1]).all()):
         raise ValueError(f"`{name}` must rise without repeats. {REMEDY}")
@@ -143,28 +144,29 @@ def reduced_head(head: nn.Module, drafter: DreamDrafter) -> Callable[[Tensor], T
     """A target's head for the tokens a drafter may draft: hidden states (..., H) -> logits (..., R).
 
     The rows are copied once per call of this function, into memory that is kept as long as both the head and the drafter
-    are. A head that is no plain linear layer (quantised, adapted, offloaded, spread over devices, hooked) is run as a whole and the
-    logits are selected, which is as right and saves nothing.
+    are. A head that is no plain linear layer (quantised, adapted, offloaded, spread over devices, hooked) is run as a
+    whole and the logits are selected, which is as right and saves nothing.
     """
     token_ids = drafter.draft_token_ids
     assert token_ids is not None  # callers ask only for a drafter that has them
-    if not _is_plain(head):
+    plain = _plain_linear(head)
+    if plain is None:
         return lambda hidden: _select(head(hidden), token_ids)
     of_drafter = _rows.setdefault(drafter, WeakKeyDictionary())
-    rows = of_drafter.get(head)
-    if rows is None or not rows.fits(head, token_ids):
-        rows = of_drafter[head] = HeadRows(head, token_ids)
-    rows.take(head, token_ids)
+    rows = of_drafter.get(plain)
+    if rows is None or not rows.fits(plain, token_ids):
+        rows = of_drafter[plain] = HeadRows(plain, token_ids)
+    rows.take(plain, token_ids)
     return rows
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether the head's output is its weight's product with its input, and the weight is all here."""
+def _plain_linear(head: nn.Module) -> nn.Linear | None:
+    """The head, if its output is its weight's product with its input, and the weight is all here."""
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
-        return False
+        return None
     weight = head.weight
     is_whole = type(weight) is nn.Parameter and weight.shape == (head.out_features, head.in_features)
-    return is_whole and weight.device.type != "meta" and weight.is_floating_point()
+    return head if is_whole and weight.device.type != "meta" and weight.is_floating_point() else None
 
 
 def _select(logits: Tensor, token_ids: Tensor) -> Tensor:

@@ -70,9 +70,10 @@ def prepare_drafter(drafter: Any, args: DreamTrainingArguments, peft_config: Any
 
 def check_vocabulary_request(drafter: Any, args: DreamTrainingArguments, train_dataset: Any, peft_config: Any) -> None:
     """Refuse a draft vocabulary that cannot be chosen, and a drafter whose own was never set."""
-    config, size = unwrap(drafter).config, args.draft_vocab_size
+    drafter = unwrap(drafter)
+    config, size = drafter.config, args.draft_vocab_size
     if size is None:
-        check_draft_vocabulary(unwrap(drafter).draft_token_ids, config.draft_vocab_size, config.vocab_size)
+        check_draft_vocabulary(drafter.draft_token_ids, config.draft_vocab_size, config.vocab_size)
         return
     if size > config.vocab_size:
         raise ValueError(f"`draft_vocab_size` ({size}) exceeds the target's vocabulary ({config.vocab_size}).")
