@@ -24,9 +24,10 @@ LAYERS = [
         "publishing",
         "checkpoints",
         "modeling_dream",
+        "lean",
         "targets",
     ],
-    ["choosing", "outputs", "drafting", "requests", "continuation"],
+    ["choosing", "outputs", "drafting", "pausing", "requests", "continuation"],
     ["generation", "candidate_generator", "conversion", "hub"],
 ]
 TOP = ["registration", "cli", "__main__"]  # registration hands calls to the loop, when they come

@@ -271,9 +271,21 @@ class Replay:
             embeds = original.clone()
             if number == level:
                 embeds[:, beam] += noise
-            results.append(self.state.beams(embeds, results[-1] if results else features, *rest))
+            if results:
+                parents = self.parents(number)[..., None].expand(-1, -1, WIDTH)
+                features = results[-1].gather(1, parents)
+            results.append(self.state.beams(embeds, features, *rest))
         self.state.forget_beams()
         return results
+
+    def parents(self, level: int) -> Tensor:
+        """Which beam of the level above each beam (B, k) sees."""
+        _, _, sees, _ = self.calls[level - 1]
+        top_k = sees.shape[1]
+        above = self.state.tokens.tensor(sees.device)[:, None] + (level - 2) * top_k + torch.arange(top_k)
+        is_parent = sees.gather(2, above[:, None].expand(-1, top_k, -1))
+        assert (is_parent.sum(-1) == 1).all()
+        return is_parent.int().argmax(-1)
 
 
 @each_attention

@@ -179,8 +179,8 @@ def drafted_chain(drafter, batch, row, base, num_steps):
         )
         hidden, features = [state.root_features[0, 0]], state.root_features
         for level in range(1, num_steps):
-            above = torch.ones(1, 1, level, dtype=torch.bool)  # a chain: all beams so far are ancestors
-            features = state.beams(text.embeds[row, None, base + level, None], features, above, above, level)
+            sees = torch.ones(1, 1, base + 1 + level, dtype=torch.bool)  # a chain: all beams so far are ancestors
+            features = state.beams(text.embeds[row, None, base + level, None], features, sees, level)
             hidden.append(features[0, 0])
     return torch.stack(hidden)
 

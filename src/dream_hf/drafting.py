@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from transformers.cache_utils import Cache
 
 from .caches import Slots, slot_cache
 from .configuration_dream import DreamConfig
+from .lean import Angles, lean_drafter
 from .modeling_dream import DraftMasks, DreamDrafter
 from .tree import DraftTree
 
@@ -38,6 +40,9 @@ class TargetHead:
 class DrafterState:
     """A drafter in mid-decoding: its caches, and where each row stands.
 
+    A row's features are one fewer than its tokens: the last token has not been through the target. Feature slot s holds
+    what produced the token in slot s + 1, so whoever sees that token sees that feature, and one mask serves both.
+
     Args:
         drafter (`DreamDrafter`): The drafter; not changed.
         batch_size (`int`): Rows.
@@ -45,12 +50,14 @@ class DrafterState:
 
     def __init__(self, drafter: DreamDrafter, batch_size: int):
         self.drafter = drafter
+        self.lean = lean_drafter(drafter)
         self.tokens = Slots([0] * batch_size)
         self.features = Slots([0] * batch_size)
         blocks = drafter.config.block_types
         self.cache: Cache = slot_cache([self.features if block == "cross" else self.tokens for block in blocks])
         self.root_features: torch.Tensor | None = None  # (B, 1, H), the drafter's own for the last token
         self.root_positions: torch.Tensor | None = None  # (B, 1)
+        self.level_angles: Angles | None = None  # of the levels below the last token
 
     def read(
         self,
@@ -62,18 +69,12 @@ class DrafterState:
         """Take in verified text: the first `counts[b]` tokens of row b, of which the last has no feature yet."""
         device, dtype = self.drafter.device, self.drafter.dtype
         positions = positions.to(device)
-        num_missing = embeds.shape[1] - features.shape[1]
-        token_starts = self.tokens.tensor(device)
-        query_slots = token_starts[:, None] + torch.arange(embeds.shape[1], device=device)
-        hidden = self._forward(
-            embeds.to(device, dtype),
-            features.to(device, dtype),
-            DraftMasks(
-                _visible_slots(query_slots, 0, self.tokens.longest + embeds.shape[1]),
-                _visible_slots(query_slots, -1, self.features.longest + features.shape[1]),
-            ),
-            positions,
-        )
+        num_tokens, num_missing = embeds.shape[1], embeds.shape[1] - features.shape[1]
+        own = self.tokens.tensor(device)[:, None] + torch.arange(num_tokens, device=device)
+        columns = torch.arange(self.tokens.longest + num_tokens, device=device)
+        sees = columns <= own[..., None]
+        hidden = self._forward(embeds.to(device, dtype), features.to(device, dtype), sees, positions)
+        self.level_angles = None
         self.tokens.commit(counts)
         self.features.commit([max(count - num_missing, 0) for count in counts])
         last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
@@ -86,26 +87,18 @@ class DrafterState:
         steps = torch.arange(1, embeds.shape[1] + 1, device=self.drafter.device)
         self.read(embeds, features, self.root_positions + steps, counts)
 
-    def beams(
-        self,
-        embeds: torch.Tensor,
-        features: torch.Tensor,
-        seen_tokens: torch.Tensor,
-        seen_features: torch.Tensor,
-        level: int,
-    ) -> torch.Tensor:
-        """Run one level's beams, tentatively: embeds (B, k, H), their parents' level's features, who sees whom."""
-        tokens, banked = self.tokens, self.features
-        masks = DraftMasks(
-            _verified_and(tokens.tensor(embeds.device), tokens.end + embeds.shape[1], seen_tokens),
-            _verified_and(banked.tensor(embeds.device), banked.end + features.shape[1], seen_features),
-            every_token_sees_features=True,  # the root's, at least
-        )
+    def beams(self, embeds: torch.Tensor, features: torch.Tensor, sees: torch.Tensor, level: int) -> torch.Tensor:
+        """Run one level's beams, tentatively: embeds (B, k, H), their parents' features (B, k, H) -> features (B, k, H).
+
+        `sees` (B, k, slots) tells which slots each beam sees: the verified ones, its ancestors' and its own.
+        """
         assert self.root_positions is not None  # something has been read
-        positions = (self.root_positions + level).expand(-1, embeds.shape[1])
-        hidden = self._forward(embeds, features, masks, positions)
-        tokens.extend(embeds.shape[1])
-        banked.extend(features.shape[1])
+        num_beams = embeds.shape[1]
+        positions = (self.root_positions + level).expand(-1, num_beams)
+        sees = sees[..., : self.tokens.end + num_beams]
+        hidden = self._forward(embeds, features, sees, positions, self._angles_of(level, embeds))
+        self.tokens.extend(num_beams)
+        self.features.extend(num_beams)
         return hidden
 
     def forget_beams(self) -> None:
@@ -113,28 +106,68 @@ class DrafterState:
         self.tokens.rollback()
         self.features.rollback()
 
-    def _forward(self, embeds, features, masks, positions) -> torch.Tensor:
+    def _forward(
+        self,
+        embeds: torch.Tensor,
+        features: torch.Tensor,
+        sees: torch.Tensor,
+        positions: torch.Tensor,
+        angles: Angles | None = None,
+    ) -> torch.Tensor:
+        masks = DraftMasks(sees, sees[..., 1:])
+        if self.lean is not None and self.features.longest:  # else the first token sees no feature
+            angles = angles or self.lean.angles(embeds, positions)
+            return self.lean(embeds, features, masks, angles, self.cache)
         outputs = self.drafter(
             embeds, features, attention_mask=masks, position_ids=positions, past_key_values=self.cache
         )
         return outputs.last_hidden_state
 
+    def _angles_of(self, level: int, like: torch.Tensor) -> Angles | None:
+        """Rotary angles of a level, all beams of which have one position; computed for all levels together."""
+        if self.lean is None or self.root_positions is None:
+            return None
+        if self.level_angles is None or level > self.level_angles[0].shape[2]:
+            levels = torch.arange(1, max(level, self.drafter.config.tree_depth) + 1, device=like.device)
+            self.level_angles = self.lean.angles(like, self.root_positions + levels)
+        cos, sin = self.level_angles
+        return cos[:, :, level - 1 : level], sin[:, :, level - 1 : level]
+
+
+class _Sight:
+    """Which slots the beams of a growing tree see: the verified ones, their ancestors' and their own."""
+
+    def __init__(self, lengths: torch.Tensor, num_slots: int, top_k: int):  # lengths: (B,), slots with all levels
+        self.top_k = top_k
+        verified = torch.arange(num_slots, device=lengths.device) < lengths[:, None]
+        self.sees = verified[:, None].expand(-1, top_k, -1)  # (B, k, slots)
+        self.own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[
+            ..., None
+        ]  # (B, k, 1), next level's
+
+    def descend(self, parents: torch.Tensor) -> torch.Tensor:
+        """Go one level down: each beam sees what its parent (B, k) among the beams saw, and itself."""
+        self.sees = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[-1]))
+        self.sees.scatter_(2, self.own, True)
+        self.own = self.own + self.top_k
+        return self.sees
+
 
 @dataclass
 class _Candidates:
-    """All expanded nodes so far, in order of levels: tokens, scores (cumulative log-probability) and parents, (B, C) each."""
+    """All expanded nodes so far, in order of levels: tokens, cumulative log-probabilities and parents, (B, n) per level."""
 
     tokens: list[torch.Tensor] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
     parents: list[torch.Tensor] = field(default_factory=list)  # index among the candidates, -1 for the root
+    num_above: int = 0  # candidates above the last level
 
-    def add(self, tokens: torch.Tensor, scores: torch.Tensor, parents: torch.Tensor) -> int:
-        """Add a level; returns the index of its first candidate."""
-        first = sum(level.shape[1] for level in self.tokens)
+    def add(self, tokens: torch.Tensor, scores: torch.Tensor, parents: torch.Tensor) -> None:
+        """Add a level."""
+        self.num_above += self.tokens[-1].shape[1] if self.tokens else 0
         self.tokens.append(tokens)
         self.scores.append(scores)
         self.parents.append(parents)
-        return first
 
 
 def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
@@ -153,34 +186,26 @@ def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, 
         `DraftTree`: `min(tree_size, number of expanded nodes)` nodes and the root, on the state's device.
     """
     top_k, batch = config.tree_top_k, root_tokens.shape[0]
-    device = state.drafter.device
+    device, dtype = state.drafter.device, state.drafter.dtype
     found = _Candidates()
     assert state.root_features is not None  # something has been read
-    features = state.root_features
-    scores, tokens = _top_log_probs(head, features, top_k)  # (B, 1, k) each
-    beam_scores, beam_tokens = scores.flatten(1), tokens.flatten(1)
-    beam_candidates = torch.arange(top_k, device=device).expand(batch, -1)
-    found.add(beam_tokens, beam_scores, torch.full_like(beam_tokens, -1))
-    above = torch.zeros(batch, top_k, 0, dtype=torch.bool, device=device)  # which earlier beams are a beam's ancestors
-    itself = torch.eye(top_k, dtype=torch.bool, device=device).expand(batch, -1, -1)
-    root = torch.ones(batch, top_k, 1, dtype=torch.bool, device=device)
+    hidden = state.root_features
+    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, 1, k) each
+    found.add(tokens.flatten(1), scores.flatten(1), torch.full((batch, top_k), -1, device=device))
+    lengths = state.tokens.tensor(device)
+    sight = _Sight(lengths, state.tokens.longest + config.tree_depth * top_k, top_k)
 
     for level in range(1, config.tree_depth):
+        beam_scores, chosen = found.scores[-1].topk(top_k, dim=-1)  # (B, k)
         if config.tree_min_level_probability and _promise(beam_scores) < config.tree_min_level_probability:
             break
-        embeds = head.embed(beam_tokens).to(device, state.drafter.dtype)
-        upwards = torch.cat([above, itself], dim=-1)
-        features = state.beams(embeds, features, upwards, torch.cat([root, above], dim=-1), level)
-        child_scores, child_tokens = _top_log_probs(head, features, top_k)  # (B, k, k)
-        child_scores = (child_scores + beam_scores[..., None]).flatten(1)
-        child_tokens = child_tokens.flatten(1)
-        first = found.add(child_tokens, child_scores, beam_candidates.repeat_interleave(top_k, dim=1))
-
-        beam_scores, chosen = child_scores.topk(top_k, dim=-1)
-        beam_tokens = child_tokens.gather(1, chosen)
-        beam_candidates = first + chosen
-        parent_beams = (chosen // top_k)[..., None].expand(-1, -1, upwards.shape[-1])
-        above = upwards.gather(1, parent_beams)
+        parents = torch.zeros_like(chosen) if level == 1 else chosen // top_k
+        features = hidden.gather(1, parents[..., None].expand(-1, -1, hidden.shape[-1]))
+        embeds = head.embed(found.tokens[-1].gather(1, chosen)).to(device, dtype)
+        hidden = state.beams(embeds, features, sight.descend(parents), level)
+        scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, k)
+        scores = scores + beam_scores[..., None]
+        found.add(tokens.flatten(1), scores.flatten(1), (found.num_above + chosen).repeat_interleave(top_k, dim=1))
     state.forget_beams()
     return _best_tree(found, root_tokens.to(device), config)
 
@@ -188,9 +213,8 @@ def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, 
 def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
     """Keep the `tree_size` best candidates, in the order they were found, so that parents come first."""
     num_nodes, num_levels = config.tree_size, len(found.tokens)
-    prices = [LEVEL_PRICE * level for level, scores in enumerate(found.scores) for _ in range(scores.shape[1])]
     scores = torch.cat(found.scores, dim=1)
-    scores = scores - torch.tensor(prices, device=scores.device)
+    scores = scores - _level_prices(tuple(level.shape[1] for level in found.scores), scores.device)
     best = scores.topk(min(num_nodes, scores.shape[1]), dim=-1)
     if config.tree_min_node_probability:
         is_likely = best.values >= math.log(config.tree_min_node_probability)
@@ -210,6 +234,14 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfi
     )
 
 
+@lru_cache(maxsize=64)
+def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """`LEVEL_PRICE` times the level of every candidate, (C,)."""
+    return torch.tensor([LEVEL_PRICE * level for level, size in enumerate(level_sizes) for _ in range(size)]).to(
+        device
+    )
+
+
 def _promise(beam_scores: torch.Tensor) -> float:
     """Probability that the target reaches one of a row's beams, by the drafter's estimate, in the best row."""
     return float(beam_scores.exp().sum(-1).max())
@@ -220,21 +252,5 @@ def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tupl
 
     (B, n, H) -> (B, n, k) each.
     """
-    logits = head.logits(features).to(features.device)
-    scores, tokens = logits.topk(top_k, dim=-1)
-    if head.token_ids is not None:
-        tokens = head.token_ids[tokens]
-    return scores - logits.logsumexp(-1, keepdim=True), tokens
-
-
-def _visible_slots(query_slots: torch.Tensor, offset: int, num_slots: int) -> torch.Tensor:
-    """Slots up to each query's own plus `offset`: (B, T) -> (B, T, num_slots)."""
-    return torch.arange(num_slots, device=query_slots.device) <= query_slots[..., None] + offset
-
-
-def _verified_and(lengths: torch.Tensor, num_slots: int, seen: torch.Tensor) -> torch.Tensor:
-    """Each row's verified slots, and of the tentative ones behind them those `seen` (B, T, n): (B, T, num_slots)."""
-    behind = torch.arange(num_slots, device=lengths.device) - lengths[:, None]  # (B, num_slots)
-    num_tentative = seen.shape[-1]
-    picked = behind.clamp(0, num_tentative - 1)[:, None].expand(-1, seen.shape[1], -1)
-    return (behind < 0)[:, None] | ((behind < num_tentative)[:, None] & seen.gather(2, picked))
+    scores, tokens = head.logits(features).to(features.device).log_softmax(-1).topk(top_k, dim=-1)
+    return scores, tokens if head.token_ids is None else head.token_ids[tokens]

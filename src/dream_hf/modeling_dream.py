@@ -48,14 +48,10 @@ class DreamDrafterOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class DraftMasks:
-    """Who sees what, True where visible: `tokens` (B, T, K) for self-attention, `features` (B, T, F) for cross-attention.
-
-    `every_token_sees_features` saves looking for tokens that see none, of which the first of a text is the only one.
-    """
+    """Who sees what, True where visible: `tokens` (B, T, K) for self-attention, `features` (B, T, F) for cross-attention."""
 
     tokens: torch.Tensor
     features: torch.Tensor
-    every_token_sees_features: bool = False
 
 
 class DreamCrossAttention(nn.Module):
@@ -95,10 +91,9 @@ class DreamCrossAttention(nn.Module):
             keys, values = past_key_values.update(keys, values, self.layer_idx)
 
         mask = masks.features.unsqueeze(1)  # (B, 1, T, F)
-        sees_something = None if masks.every_token_sees_features else mask.any(-1, keepdim=True)
-        if sees_something is not None:
-            # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
-            mask = mask | ~sees_something
+        # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
+        sees_something = mask.any(-1, keepdim=True)
+        mask = mask | ~sees_something
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             self,
@@ -109,8 +104,7 @@ class DreamCrossAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
         )  # (B, T, heads, head_dim)
-        if sees_something is not None:
-            attended = torch.where(sees_something.transpose(1, 2), attended, self._unseen(values))
+        attended = torch.where(sees_something.transpose(1, 2), attended, self._unseen(values))
         return self.o_proj(attended.reshape(batch, num_tokens, -1))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:

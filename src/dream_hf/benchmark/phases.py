@@ -33,8 +33,8 @@ FUNCTIONS = {
     "caches:SlotLayer.update": "cache work",
     "caches:SlotLayer.keep": "cache work",
     "caches:Slots.commit": "cache work",
-    "drafting:_visible_slots": "mask building",
-    "drafting:_verified_and": "mask building",
+    "drafting:DrafterState._forward": "drafter forward",
+    "drafting:_Sight.descend": "mask building",
     "modeling_dream:attention_bias": "mask building",
 }
 MASK_NAMES = ("sdpa", "eager", "flex_attention")
