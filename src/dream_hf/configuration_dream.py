@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -46,7 +47,14 @@ class DreamConfig(PreTrainedConfig):
             transfer to the host per level; 0 grows every tree to its full depth, with shapes that never change.
         tree_min_node_probability (`float`): Leave out nodes that, by the drafter's estimate, are reached with less than
             this probability. Saves verification; 0 verifies `tree_size` nodes whatever they promise.
+        pause_below (`float`): Stop drafting for a while where the last few drafted steps gained fewer tokens than this
+            on average, bonus included: set it to what a drafted step costs, in steps of plain decoding. 0 never pauses
+            (and neither does anything up to 1: every step gains a token). The output stays exact.
         visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3).
+        compile (`bool`): Compile the forwards of decoding where that is possible; the first `generate()` waits for it.
+            How is said by `generate(..., compile_config=...)`, which also switches it on.
+        draft_threads (`int`, *optional*): CPU threads that draft; by default as many as PyTorch uses. The levels of a small
+            drafter are many small operations, which one thread often finishes sooner than several.
         draft_vocab_size (`int`, *optional*): How many tokens may be drafted; by default the whole vocabulary. Which ones is
             saved with the weights as `draft_token_ids`; set both with [`DreamDrafter.set_draft_vocabulary`].
 
@@ -90,7 +98,10 @@ class DreamConfig(PreTrainedConfig):
     tree_size: int = 32
     tree_min_level_probability: float | int = 0.0
     tree_min_node_probability: float | int = 0.0
+    pause_below: float | int = 0.0
     visual_keep_ratio: float | int = 0.75
+    compile: bool = False
+    draft_threads: int | None = None
     draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -155,6 +166,10 @@ class DreamConfig(PreTrainedConfig):
         for name in ("tree_min_level_probability", "tree_min_node_probability"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must lie in [0, 1).")
+        if self.draft_threads is not None and self.draft_threads < 1:
+            raise ValueError(f"`draft_threads` ({self.draft_threads}) must be at least 1, or None for PyTorch's number.")
+        if not 0.0 <= self.pause_below < math.inf:
+            raise ValueError(f"`pause_below` ({self.pause_below}) must be a number of tokens, 0 or above.")
         if not 0.0 < self.visual_keep_ratio <= 1.0:
             raise ValueError(f"`visual_keep_ratio` ({self.visual_keep_ratio}) must lie in (0, 1].")
 

@@ -18,6 +18,7 @@ from .caches import Slots, slot_cache
 from .configuration_dream import DreamConfig
 from .lean import Angles, lean_drafter
 from .modeling_dream import DraftMasks, DreamDrafter
+from .threads import cpu_threads
 from .tree import DraftTree
 
 # Scores of a child and its parent can tie when the child is certain. A small price per level makes parents win, so that
@@ -73,7 +74,8 @@ class DrafterState:
         own = self.tokens.tensor(device)[:, None] + torch.arange(num_tokens, device=device)
         columns = torch.arange(self.tokens.longest + num_tokens, device=device)
         sees = columns <= own[..., None]
-        hidden = self._forward(embeds.to(device, dtype), features.to(device, dtype), sees, positions)
+        with cpu_threads(self.drafter.config.draft_threads):
+            hidden = self._forward(embeds.to(device, dtype), features.to(device, dtype), sees, positions)
         self.level_angles = None
         self.tokens.commit(counts)
         self.features.commit([max(count - num_missing, 0) for count in counts])
@@ -185,8 +187,14 @@ def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, 
     Returns:
         `DraftTree`: `min(tree_size, number of expanded nodes)` nodes and the root, on the state's device.
     """
-    top_k, batch = config.tree_top_k, root_tokens.shape[0]
-    device, dtype = state.drafter.device, state.drafter.dtype
+    with cpu_threads(config.draft_threads):
+        found = _expand_levels(state, head, root_tokens.shape[0], config)
+        return _best_tree(found, root_tokens.to(state.drafter.device), config)
+
+
+def _expand_levels(state: DrafterState, head: TargetHead, batch: int, config: DreamConfig) -> _Candidates:
+    """All nodes found on the way down, level by level."""
+    top_k, device, dtype = config.tree_top_k, state.drafter.device, state.drafter.dtype
     found = _Candidates()
     assert state.root_features is not None  # something has been read
     hidden = state.root_features
@@ -207,7 +215,7 @@ def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, 
         scores = scores + beam_scores[..., None]
         found.add(tokens.flatten(1), scores.flatten(1), (found.num_above + chosen).repeat_interleave(top_k, dim=1))
     state.forget_beams()
-    return _best_tree(found, root_tokens.to(device), config)
+    return found
 
 
 def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
