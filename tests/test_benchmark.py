@@ -4,6 +4,8 @@ import base64
 import csv
 import io
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import datasets
 import numpy as np
@@ -20,7 +22,7 @@ from dream_hf.benchmark.measure import Measurement, measure
 from dream_hf.benchmark.phases import FUNCTIONS, PHASES, clocked, find_function, profile_steps
 from dream_hf.benchmark.public_sets import PUBLIC_SETS, with_choices
 from dream_hf.benchmark.shares import time_shares
-from dream_hf.benchmark.statistics import bootstrap_interval, median_ratio, ratio_of_totals, summarize
+from dream_hf.benchmark.statistics import bootstrap_interval, median_of, median_ratio, ratio_of_totals, summarize
 from dream_hf.demo import make_rows
 from dream_hf.model_card import write_card
 from dream_hf.prompts import PromptEncoder
@@ -95,6 +97,26 @@ def test_summary():
     assert figures["tokens_per_second"] == pytest.approx(12 / 8)
     assert figures["output_length"]["mean"] == 6.0 and sum(figures["output_length"]["histogram"]["counts"]) == 2
     assert summarize(runs, plain, is_greedy=False)["match_rate"] is None
+
+
+def test_the_worst_prompt():
+    plain = [made(8.0, range(8)), made(4.0, range(4)), made(2.0, range(2)), made(1.0, range(4))]
+    runs = [made(4.0, range(8)), made(5.0, range(5)), made(2.1, range(2)), made(2.0, range(4))]
+    figures = summarize(runs, plain, is_greedy=False)
+    assert figures["worst_speedup"] == pytest.approx(0.5) and figures["worst_place"] == 3
+    assert figures["slow_share"] == 0.25  # 0.952 of plain's speed is not yet slow; per token, the second is as fast
+
+
+def test_the_median_of_repeats():
+    repeats = [
+        Measurement([[1, 2]], 3.0, 0.4, 1, [1], 10),
+        Measurement([[1, 2]], 1.0, 0.6, 1, [1], 30),
+        Measurement([[1, 2]], 8.0, 0.5, 1, [1], None),
+    ]
+    assert median_of(repeats) == Measurement([[1, 2]], 3.0, 0.5, 1, [1], 30)
+    odd = Measurement([[1, 3]], 8.0, 0.5, 1, [1])
+    assert median_of([*repeats, odd]).rows == [[1, 3]]  # so that it matches nobody who always wrote 1, 2
+    assert median_of([odd]) == odd
 
 
 def test_answers_of_one_token_have_no_decoding(target):
@@ -217,7 +239,7 @@ def test_all_methods_side_by_side(target, drafter, tmp_path):
     assert by_drafter["plain"] == 0 and by_drafter["dream_tree"] > 0.05
     table = (tmp_path / "results.md").read_text()
     assert "## Temperature 1" in table and "| all | dream_tree 2/2/4 |" in table
-    assert len(list(tmp_path.glob("*.png"))) == 6
+    assert len(list(tmp_path.glob("*.png"))) == 7
     text = json.dumps(results["provenance"])
     assert str(tmp_path) not in text and "/home" not in text and '"tree_depth": 3' in text
 
@@ -236,7 +258,7 @@ def test_batches(target, drafter, tmp_path):
         for name in ("tau", "num_steps", "output_length", "acceptance_by_depth"):
             assert row[name] == single[name]
     lines = [json.loads(line) for line in (tmp_path / "batched" / "samples.jsonl").open()]
-    assert [[len(run["rows"]) for run in line["runs"].values()] for line in lines] == [[2, 2], [1, 1], [2, 2]]
+    assert [[len(run["rows"]) for (run,) in line["runs"].values()] for line in lines] == [[2, 2], [1, 1], [2, 2]]
     blind = make_methods(["plain"], target, drafter, with_blind=True)
     with pytest.raises(ValueError, match=r"`batch_size` \(2\) must be 1 for \['dream_tree blind'\]"):
         run(target, blind, tmp_path / "blind", settings)
@@ -254,7 +276,60 @@ def test_every_prompt_goes_through_all_methods_before_the_next(target, drafter, 
     run(target, make_methods(["dream_tree"], target, drafter), tmp_path, asked=prompts(3))
     counted = order[2:]  # without the warm-up
     assert [ids for _, ids in counted[0::2]] == [ids for _, ids in counted[1::2]]
-    assert [name for name, _ in counted] == ["plain", "dream", "dream", "plain", "plain", "dream"]
+    assert [name for name, _ in counted] == ["plain", "dream", "dream", "plain", "dream", "plain"]
+
+
+def test_the_order_of_methods_is_fair():
+    """In as many turns as two rounds take, each method stands at each place, and before and behind each other one."""
+    orders = [runner_module._ordered("abc", turn) for turn in range(6)]
+    for place in range(3):
+        assert sorted(order[place] for order in orders) == sorted("abc" * 2)
+    follows = {pair for order in orders for pair in pairwise(order)}
+    assert follows == {(one, other) for one in "abc" for other in "abc" if one != other}
+
+
+def test_repeats_take_turns_and_their_median_counts(target, drafter, tmp_path, monkeypatch):
+    methods = make_methods(["dream_tree"], target, drafter)
+    seconds = iter(
+        [9.0, 9.0, 4.0, 1.0, 2.0, 8.0, 8.0, 1.0]
+    )  # the warm-up; then plain, dream; dream, plain; dream, plain
+    original, order = runner_module.measure, []
+
+    def timed(target, inputs, arguments):
+        order.append("dream" if "assistant_model" in arguments else "plain")
+        return replace(original(target, inputs, arguments), seconds=next(seconds), first_token_seconds=0.5)
+
+    monkeypatch.setattr(runner_module, "measure", timed)
+    results = run(target, methods, tmp_path, Settings((0.0,), 10, 1, repeats=3), asked=prompts(1))
+    assert order[2:] == ["plain", "dream", "dream", "plain", "dream", "plain"]
+    plain, dream = results["rows"]
+    assert plain["seconds_median"] == 4.0 and dream["seconds_median"] == 2.0
+    assert dream["speedup"] == dream["worst_speedup"] == 2.0 and dream["num_prompts"] == 1
+    assert results["provenance"]["repeats"] == 3
+    (line,) = (tmp_path / "samples.jsonl").open()
+    assert [len(repeats) for repeats in json.loads(line)["runs"].values()] == [3, 3]
+    again = run(target, methods, tmp_path, Settings((0.0,), 10, 1, repeats=3), asked=prompts(1))
+    assert again["rows"] == results["rows"]
+    with pytest.raises(ValueError, match="`repeats` 3 and now it is 2"):
+        run(target, methods, tmp_path, Settings((0.0,), 10, 1, repeats=2), asked=prompts(1))
+
+
+def test_a_method_that_fails_in_a_later_repeat_is_left_out(target, drafter, tmp_path, monkeypatch):
+    methods = make_methods(["plain_static", "dream_tree"], target, drafter)
+    original, calls = runner_module.measure, []
+
+    def failing(target, inputs, arguments):
+        calls.append("cache_implementation" in arguments)
+        if calls[-1] and sum(calls) == 3:  # the warm-up, the first repeat, the second
+            raise RuntimeError("too late")
+        return original(target, inputs, arguments)
+
+    monkeypatch.setattr(runner_module, "measure", failing)
+    settings = Settings((0.0,), 10, 1, repeats=2)
+    for _ in range(2):  # and it stays left out when the benchmark is started again
+        results = run(target, methods, tmp_path, settings, asked=prompts(1))
+        assert list(results["failed_methods"]) == ["plain_static"]
+        assert [row["method"] for row in results["rows"]] == ["plain", "dream_tree"]
 
 
 def test_a_stopped_benchmark_goes_on(target, drafter, tmp_path, monkeypatch):
@@ -316,6 +391,7 @@ def test_arguments_out_of_range(target, tmp_path):
         (Settings(max_new_tokens=1), r"`max_new_tokens` \(1\)"),
         (Settings(num_warmup=0), r"`num_warmup` \(0\)"),
         (Settings(batch_size=0), r"`batch_size` \(0\)"),
+        (Settings(repeats=0), r"`repeats` \(0\)"),
         (Settings(temperatures=(-1.0,)), r"`temperatures` \(\[-1.0\]\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -543,7 +619,7 @@ def test_torch_is_deterministic_across_methods_at_a_temperature(target, drafter,
     methods = make_methods(["dream_tree"], target, drafter)
     results = [run(target, methods, tmp_path / name, Settings((1.0,), 10, 1)) for name in ("one", "two")]
     tokens = [
-        [json.loads(line)["runs"]["dream_tree"]["rows"] for line in (tmp_path / name / "samples.jsonl").open()]
+        [json.loads(line)["runs"]["dream_tree"][0]["rows"] for line in (tmp_path / name / "samples.jsonl").open()]
         for name in ("one", "two")
     ]
     assert tokens[0] == tokens[1] and results[0]["rows"][0]["match_rate"] is None

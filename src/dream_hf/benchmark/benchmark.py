@@ -81,6 +81,7 @@ def run_benchmark(
             "max_new_tokens": settings.max_new_tokens,
             "num_warmup": settings.num_warmup,
             "batch_size": settings.batch_size,
+            "repeats": settings.repeats,
         },
         "rows": rows,
         "overall": overall,

@@ -37,6 +37,7 @@ class Settings:
         num_warmup (`int`): Prompts each method runs before anything counts.
         seed (`int`): For sampling, the same for all methods on a prompt.
         batch_size (`int`): Prompts decoded together; methods that take one prompt only are then left out.
+        repeats (`int`): Runs of each method on each prompt, in turns; figures are of each prompt's median run.
     """
 
     temperatures: tuple[float, ...] = (0.0, 1.0)
@@ -44,10 +45,11 @@ class Settings:
     num_warmup: int = 2
     seed: int = 42
     batch_size: int = 1
+    repeats: int = 1
 
     def check(self) -> None:
         """Raise a `ValueError` for a value out of range."""
-        for name, low in (("max_new_tokens", 2), ("num_warmup", 1), ("batch_size", 1)):
+        for name, low in (("max_new_tokens", 2), ("num_warmup", 1), ("batch_size", 1), ("repeats", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least {low}.")
         if not self.temperatures or min(self.temperatures) < 0:
@@ -56,9 +58,9 @@ class Settings:
 
 @dataclass
 class Samples:
-    """Measurements by prompt and method, and why methods that could not run did not."""
+    """Repeated measurements by prompt and method, and why methods that could not run did not."""
 
-    runs: dict[Key, dict[str, Measurement]] = field(default_factory=dict)
+    runs: dict[Key, dict[str, list[Measurement]]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -98,9 +100,9 @@ def collect(
         _warm_up(target, encoder, working, batches, settings)
     with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="bench", unit="batch") as progress:
         for turn, (temperature, batch) in enumerate(missing):
-            runs = _run_all(target, encoder, working, batch, temperature, settings, turn)
+            runs = _run_all(target, encoder, working, batch, temperature, settings, turn, settings.repeats)
             key = (temperature, batch[0].task, batch[0].index)
-            samples.runs[key] = {name: runs[name] for name in names if name in runs}
+            samples.runs[key] = {name: runs[name] for name in names if len(runs.get(name, ())) == settings.repeats}
             _append(output / SAMPLES, key, samples.runs[key])
             progress.update()
     for method in names:
@@ -155,25 +157,28 @@ def _run_all(
     temperature: float,
     settings: Settings,
     turn: int = 0,
-) -> dict[str, Measurement]:
-    """One batch through all methods, in an order that changes from turn to turn."""
+    repeats: int = 1,
+) -> dict[str, list[Measurement]]:
+    """One batch through all methods, again and again, in an order that changes each time."""
     inputs = encoder.encode([(prompt.messages, prompt.images) for prompt in batch])
-    runs = {}
-    gc.collect()  # rather here than in the middle of a measurement
-    for method in _rotated(working.methods, turn):
-        torch.manual_seed(settings.seed + batch[0].index)
-        try:
-            with method.ready(target, inputs, temperature, settings.max_new_tokens) as arguments:
-                runs[method.name] = measure(target, inputs, arguments)
-        except Exception as error:  # whatever a target's own code raises for a method it was not made for
-            working.drop(method, error)
+    runs: dict[str, list[Measurement]] = {}
+    for repeat in range(repeats):
+        gc.collect()  # rather here than in the middle of a measurement
+        for method in _ordered(working.methods, turn * repeats + repeat):
+            torch.manual_seed(settings.seed + batch[0].index)
+            try:
+                with method.ready(target, inputs, temperature, settings.max_new_tokens) as arguments:
+                    runs.setdefault(method.name, []).append(measure(target, inputs, arguments))
+            except Exception as error:  # whatever a target's own code raises for a method it was not made for
+                working.drop(method, error)
     return runs
 
 
-def _rotated(methods: Sequence[Method], turn: int) -> list[Method]:
-    """The methods in an order that changes from prompt to prompt, so that none always comes after the same one."""
-    start = turn % len(methods)
-    return [*methods[start:], *methods[:start]]
+def _ordered(methods: Sequence[Method], turn: int) -> list[Method]:
+    """The methods in an order that changes from turn to turn: each comes first, last, and after each of its neighbours."""
+    rounds, start = divmod(turn, len(methods))
+    order = [*methods[start:], *methods[:start]]
+    return order[::-1] if rounds % 2 else order
 
 
 def _check_identity(output: Path, identity: Mapping[str, Any]) -> None:
@@ -191,16 +196,16 @@ def _check_identity(output: Path, identity: Mapping[str, Any]) -> None:
             )
 
 
-def _read(file: Path) -> dict[Key, dict[str, Measurement]]:
+def _read(file: Path) -> dict[Key, dict[str, list[Measurement]]]:
     cut_unfinished_line(file)
     found = {}
     for _, entry in entries(file):
-        runs = {name: Measurement.from_dict(values) for name, values in entry["runs"].items()}
+        runs = {name: [Measurement.from_dict(values) for values in repeats] for name, repeats in entry["runs"].items()}
         found[(entry["temperature"], entry["task"], entry["index"])] = runs
     return found
 
 
-def _append(file: Path, key: Key, runs: Mapping[str, Measurement]) -> None:
+def _append(file: Path, key: Key, runs: Mapping[str, Sequence[Measurement]]) -> None:
     temperature, task, index = key
     entry = {"temperature": temperature, "task": task, "index": index}
-    append(file, {**entry, "runs": {name: run.to_dict() for name, run in runs.items()}})
+    append(file, {**entry, "runs": {name: [run.to_dict() for run in repeats] for name, repeats in runs.items()}})

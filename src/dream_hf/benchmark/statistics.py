@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from .measure import Measurement
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 HISTOGRAM_BINS = 10
+SLOW = 0.95  # of plain decoding's speed; below it a prompt counts as slowed down
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]  # plain and method (resamples, n) -> (resamples,)
 
@@ -38,11 +40,30 @@ def bootstrap_interval(
     return [float(value) for value in np.quantile(values, [tail, 1 - tail])]
 
 
+def median_of(repeats: Sequence[Measurement]) -> Measurement:
+    """
+    Several runs of one method on one prompt as a single one: median times, the highest peak of memory.
+
+    The tokens are those of the first run, or of a run that wrote something else if there is one: only where all agree can they
+    match another method's.
+    """
+    first = repeats[0]
+    run = next((other for other in repeats if other.rows != first.rows), first)
+    peaks = [other.peak_bytes for other in repeats if other.peak_bytes is not None]
+    return replace(
+        run,
+        seconds=float(np.median([other.seconds for other in repeats])),
+        first_token_seconds=float(np.median([other.first_token_seconds for other in repeats])),
+        peak_bytes=max(peaks, default=None),
+    )
+
+
 def summarize(runs: Sequence[Measurement], plain: Sequence[Measurement], is_greedy: bool) -> dict[str, Any]:
     """Figures of one method on the same prompts as `plain`; what each means is in docs/benchmarking.md."""
     return {
         "num_prompts": sum(len(run.rows) for run in runs),
         **_speedups(runs, plain),
+        **_worst(runs, plain),
         "match_rate": _match_rate(runs, plain) if is_greedy else None,
         **_gains(runs),
         "tokens_per_second": sum(run.num_tokens for run in runs) / sum(run.seconds for run in runs),
@@ -71,6 +92,16 @@ def _speedups(runs: Sequence[Measurement], plain: Sequence[Measurement]) -> dict
         figures[name] = float(statistic(np.asarray(before), np.asarray(after))) if has_any else None
         figures[f"{name}_interval"] = bootstrap_interval(statistic, before, after) if has_any else None
     return figures
+
+
+def _worst(runs: Sequence[Measurement], plain: Sequence[Measurement]) -> dict[str, Any]:
+    """The smallest of the prompts' own ratios, which prompt that was, and how many were slowed down."""
+    ratios = np.array([_per_token(other) / _per_token(run) for run, other in zip(runs, plain, strict=True)])
+    return {
+        "worst_speedup": float(ratios.min()),
+        "worst_place": int(ratios.argmin()),
+        "slow_share": float((ratios < SLOW).mean()),
+    }
 
 
 def _per_token(run: Measurement) -> float:

@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=42, help="for shuffling and sampling (default: 42)")
     how.add_argument("--warmup", type=whole_number(1), default=2, help="prompts before anything counts (default: 2)")
     how.add_argument("--batch-size", type=whole_number(1), default=1, help="prompts decoded together (default: 1)")
+    how.add_argument(
+        "--repeats",
+        type=whole_number(1),
+        default=1,
+        help="runs of each method on a prompt; medians count (default: 1)",
+    )
     how.add_argument("--threads", type=whole_number(1), help="CPU threads; PyTorch's choice by default")
     how.add_argument("--profile", action="store_true", help="also split a step into its parts, with a profiler trace")
     how.add_argument("--no-plots", action="store_true", help="write no PNG plots")
@@ -62,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
     from ..benchmark.report import render
     from ..models import load_models
 
-    settings = Settings(tuple(args.temperatures), args.max_new_tokens, args.warmup, args.seed, args.batch_size)
+    settings = Settings(
+        tuple(args.temperatures), args.max_new_tokens, args.warmup, args.seed, args.batch_size, args.repeats
+    )
     settings.check()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
