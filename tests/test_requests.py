@@ -221,6 +221,7 @@ BAD_TREES = [
     ("tree_size", 2.5),
     ("tree_top_k", 105),
     ("visual_keep_ratio", 0.0),
+    ("pause_below", -1.0),
 ]
 
 

@@ -26,6 +26,7 @@ from .continuation import recall, remember
 from .drafting import DrafterState, TargetHead, grow_tree
 from .modeling_dream import DreamDrafter
 from .outputs import DreamGenerateOutput, Recorder
+from .pausing import Pausing, Unread
 from .requests import check_cache, check_request
 from .targets import DecoderRecord, Target, sliding_windows, unwrap
 from .texts import Ends, Stream, Texts
@@ -127,6 +128,8 @@ class _Decoding:
         self.slots = Slots([0] * batch)
         self.layers: list[SlotLayer] = []
         self.state = DrafterState(drafter, batch)
+        self.pausing = Pausing(drafter.config.pause_below)
+        self.unread = Unread()
         draft_logits = target.draft_logits(drafter)
         self.head = TargetHead(
             embed=lambda token_ids: target.embed(token_ids.to(self.embed_device)),
@@ -176,6 +179,7 @@ class _Decoding:
         path, tokens = verdict.acceptance.path, verdict.acceptance.tokens
         gained = [[] if resting else row for row, resting in zip(verdict.acceptance.tolist(), is_resting, strict=True)]
         counts = [len(row) for row in gained]
+        self.pausing.note(sum(counts) / is_resting.count(False))
 
         starts = [length - self.texts.prompt_length for length in self.texts.lengths]
         self.recorder.add_scores(verdict, logits, starts, counts)
@@ -184,14 +188,17 @@ class _Decoding:
         path, tokens = path[:, :num_kept], tokens[:, :num_kept]
         self.recorder.add_states(outputs, path, starts, kept, self.slots.lengths)
         self.recorder.add_step(kept, tree.num_nodes - 1, is_resting)
-        for layer in self.layers:
-            layer.keep(path)
+        if num_kept > 1:  # the root is where it belongs
+            for layer in self.layers:
+                layer.keep(path)
         self.slots.commit(kept)
-        if self.is_done:
-            self._take_back_overshoot()
         if not self.is_done or self.is_cache_kept:
             nodes = path.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
-            self.state.read_on(self.head.embed(tokens), features.gather(1, nodes), kept)
+            self.unread.add(tokens, features.gather(1, nodes), kept)
+            if self.is_done or not self.pausing.is_paused:
+                self._read_on()
+        if self.is_done:
+            self._take_back_overshoot()
 
     def idle(self) -> None:
         """Run a forward whose result nobody needs, for processes that wait for this one."""
@@ -239,8 +246,16 @@ class _Decoding:
     # --- the parts ---
 
     def _draft(self) -> DraftTree:
-        tree = grow_tree(self.state, self.head, self._last_tokens(), self.drafter.config)
+        root = self._last_tokens()
+        if self.pausing.is_paused:
+            return DraftTree.chain(root)
+        tree = grow_tree(self.state, self.head, root, self.drafter.config)
         return tree.to(self.texts.ids.device)
+
+    def _read_on(self) -> None:
+        """Let the drafter read what was gained since it last did."""
+        tokens, features, counts = self.unread.take()
+        self.state.read_on(self.head.embed(tokens), features, counts)
 
     def _forward(self, tree: DraftTree) -> Any:
         """Run the target over all nodes at once, each seeing the verified text and its own ancestors."""
@@ -276,6 +291,9 @@ class _Decoding:
             if excess:
                 self.texts.cut(row, self.texts.lengths[row] - excess)
                 self.slots.shorten(row, excess)
+                if self.is_cache_kept:  # else the drafter has not read them
+                    self.state.tokens.shorten(row, excess)
+                    self.state.features.shorten(row, excess)
                 self.recorder.forget(row, excess)
 
     def _last_tokens(self) -> torch.Tensor:
