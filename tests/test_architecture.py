@@ -14,7 +14,20 @@ ROOT = Path(dream_hf.__file__).parent
 # From the bottom up. A module may import what stands below it, and what stands beside it as long as that makes no circle.
 # Modules that are not listed (data, training, benchmarks, the demo) stand above these and below TOP.
 LAYERS = [
-    ["version", "tree", "verification", "caches", "compression", "downloads", "draft_vocabulary", "losses", "texts", "threads"],
+    [
+        "version",
+        "tree",
+        "verification",
+        "caches",
+        "static_caches",
+        "compiling",
+        "compression",
+        "downloads",
+        "draft_vocabulary",
+        "losses",
+        "texts",
+        "threads",
+    ],
     ["configuration_dream", "attention", "training_args"],
     [
         "loading",

@@ -104,10 +104,19 @@ class SlotLayer(DynamicLayer):
         return self.keys[:, :, visible], self.values[:, :, visible]
 
     def keep(self, path: torch.Tensor) -> None:
-        """Move the tentative slots `path` (B, P) to the first P tentative slots."""
+        """Move the tentative slots `path` (B, P) to the first P tentative slots. Paths start at node 0, which stays."""
+        num_kept = path.shape[1]
+        if num_kept == 1:
+            return
+        if path.shape[0] == 1:  # fewer and cheaper operations than for rows that differ
+            first = self.slots.longest - self.dropped
+            source = path[0].to(self.keys.device) + first
+            for buffer in (self.keys, self.values):
+                buffer[:, :, first : first + num_kept] = buffer.index_select(2, source)
+            return
         start = self.slots.tensor(self.keys.device)[:, None] - self.dropped
         source = start + path.to(self.keys.device)
-        destination = start + torch.arange(path.shape[1], device=self.keys.device)
+        destination = start + torch.arange(num_kept, device=self.keys.device)
         for buffer in (self.keys, self.values):
             kept = buffer.gather(2, _per_head(source, buffer))
             buffer.scatter_(2, _per_head(destination, buffer), kept)
@@ -170,7 +179,7 @@ def slot_layers(cache: Cache, slots: Slots) -> Iterator[list[SlotLayer]]:
         yield list(adopted.values())
     finally:
         for index, layer in adopted.items():
-            _release(layer, originals[index])
+            restore(layer, originals[index])
         cache.layers[:] = originals
 
 
@@ -188,7 +197,8 @@ def _adopt(layer: Any, slots: Slots) -> SlotLayer:
     return adopted
 
 
-def _release(layer: SlotLayer, original: Any) -> None:
+def restore(layer: SlotLayer, original: Any) -> None:
+    """Give a cache's own layer the verified slots of the one that stood in for it."""
     slots = layer.slots
     first = layer.dropped
     if layer.sliding_window is not None:

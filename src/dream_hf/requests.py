@@ -13,10 +13,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .caches import unsupported_layer
+from .compiling import Settings, chosen_settings, missing_compiler, uncompilable
 from .configuration_dream import describe_target
 from .draft_vocabulary import check_draft_vocabulary
 from .modeling_dream import DreamDrafter
-from .targets import unwrap
+from .targets import Target, unwrap
 
 logger = logging.get_logger(__name__)
 
@@ -87,6 +88,29 @@ def check_cache(cache: Any) -> None:
             f"`past_key_values` ({type(cache).__name__}, {layer or 'offloaded'}) cannot take back rejected tokens. Pass a "
             "`DynamicCache(config=model.config)`, or leave it out."
         )
+
+
+def compile_settings(
+    target: Target, drafter: DreamDrafter, generation_config: GenerationConfig, synced_gpus: bool
+) -> Settings | None:
+    """How the target's forwards are to be compiled; None where they are not, with a warning if they were meant to be."""
+    config = generation_config.compile_config
+    settings = chosen_settings(drafter.config.compile, config)  # type: ignore[arg-type]
+    if settings is None or generation_config.disable_compile:
+        return None
+    reason = missing_compiler(settings, target.model.device) or uncompilable(target.model)
+    if target.rescaled_attentions:
+        reason = f"`{type(target.model).__name__}` scales queries by cache slot, which needs hooks in a tree"
+    elif target.text_config._attn_implementation == "flex_attention":
+        reason = '`attn_implementation="flex_attention"` compiles by itself'
+    elif generation_config.output_attentions:
+        reason = "`output_attentions=True` wants attention to the filled part of the cache"
+    elif synced_gpus:
+        reason = "`synced_gpus=True` needs forwards that keep their hooks"
+    if reason is None:
+        return settings
+    logger.warning_once(f"Decoding runs uncompiled: {reason}.")
+    return None
 
 
 def _check_strategy(generation_config: GenerationConfig) -> None:

@@ -126,6 +126,12 @@ class Target:
         started = answer_mask.to(inputs["input_ids"].device).long().cumsum(-1).clamp(max=1)
         return {**inputs, "token_type_ids": started}
 
+    @property
+    def rescaled_attentions(self) -> list[Any]:
+        """Attention modules that need hooks to take trees."""
+        modules: Iterator[Any] = self.decoder.modules()
+        return [m for m in modules if getattr(m, "attn_temperature_tuning", False) and not m.use_rope]
+
     @contextmanager
     def taking_trees(self) -> Iterator[None]:
         """Let the model verify trees while in the block, whatever its attention implementation and family."""
@@ -133,8 +139,7 @@ class Target:
             module.q_proj.register_forward_hook(
                 lambda _, __, queries, owner=module: rescale_tree_queries(owner, queries)
             )
-            for module in self.decoder.modules()
-            if getattr(module, "attn_temperature_tuning", False) and not module.use_rope
+            for module in self.rescaled_attentions
         ]
         try:
             with tree_masks_available(self.text_config):

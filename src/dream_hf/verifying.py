@@ -1,0 +1,123 @@
+"""The target's forwards over draft trees: as they come, or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from .caches import SlotLayer, Slots, slot_layers
+from .compiling import CompiledFunction, let_nodes_vary, pad_tree, padded_count
+from .static_caches import StaticSlots, static_layers
+from .targets import DecoderRecord, Target
+from .tree import DraftTree
+
+
+class Forwards:
+    """The target's forwards, run as they are.
+
+    Args:
+        target (`Target`): The target.
+        batch_size (`int`): Rows.
+        record (`DecoderRecord`): Where the features of the forwards are recorded.
+    """
+
+    layers: list[SlotLayer]
+
+    def __init__(self, target: Target, batch_size: int, record: DecoderRecord):
+        self.target, self.record = target, record
+        self.slots = Slots([0] * batch_size)
+
+    def arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The target's arguments from the prefill on."""
+        return model_kwargs
+
+    @contextmanager
+    def using(self, cache: Cache) -> Iterator[None]:
+        """Let a prefilled cache take trees while in the block; after it, it is as plain decoding would have left it."""
+        with slot_layers(cache, self.slots) as self.layers:
+            yield
+
+    def pad(self, tree: DraftTree) -> DraftTree:
+        """The tree that the forward runs over: `tree`, with nodes behind it that nobody looks at."""
+        return tree
+
+    def __call__(self, inputs: dict[str, Any], num_nodes: int) -> Any:
+        """The target's outputs for the prepared `inputs` of `num_nodes` nodes per row."""
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = num_nodes
+        return self.target.model(**inputs, return_dict=True)
+
+    def features(self, outputs: Any) -> torch.Tensor:
+        """Features (B, N, H) of the nodes in the last forward, whose outputs these are."""
+        return self.record.take()[1]
+
+    def keep(self, path: torch.Tensor) -> None:
+        """Keep the nodes `path` (B, P) in the cache, and take the others back."""
+        for layer in self.layers:
+            layer.keep(path)
+
+
+class CompiledForwards(Forwards):
+    """The target's forwards, compiled: over padded trees, in buffers that stay where they are.
+
+    Args:
+        target (`Target`): The target.
+        batch_size (`int`): Rows.
+        record (`DecoderRecord`): Unused: compiled forwards return the features.
+        run (`CompiledFunction`): The target's forward, compiled.
+        tree_depth, tree_size (`int`): The largest tree: levels, and drafted nodes.
+    """
+
+    slots: StaticSlots
+
+    def __init__(
+        self,
+        target: Target,
+        batch_size: int,
+        record: DecoderRecord,
+        run: CompiledFunction,
+        tree_depth: int,
+        tree_size: int,
+    ):
+        super().__init__(target, batch_size, record)
+        self.run, self.tree_size = run, tree_size
+        self.slots = StaticSlots([0] * batch_size, path_size=tree_depth + 1)
+
+    def arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # The last hidden states are the features. The prefill returns them, too, and so installs transformers' hooks.
+        return {**model_kwargs, "output_hidden_states": model_kwargs.get("output_hidden_states") or -1}
+
+    @contextmanager
+    def using(self, cache: Cache) -> Iterator[None]:
+        with static_layers(cache, self.slots, self.tree_size + 1, self.is_dynamic) as self.static_layers:
+            yield
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether one graph serves all numbers of nodes and slots: on a CPU, where that costs next to nothing."""
+        return self.target.model.device.type == "cpu" and self.run.settings.dynamic is not False
+
+    def pad(self, tree: DraftTree) -> DraftTree:
+        num_nodes = padded_count(tree.num_nodes, self.tree_size, tree.tokens.device)
+        for layer in self.static_layers:
+            layer.reserve(num_nodes)
+        return pad_tree(tree, num_nodes)
+
+    def __call__(self, inputs: dict[str, Any], num_nodes: int) -> Any:
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0  # all: a number of nodes would be compiled in
+        if self.is_dynamic and num_nodes > 1:
+            let_nodes_vary(inputs)
+        outputs = self.run(self.target.model, inputs)
+        self.slots.settle()
+        return outputs
+
+    def features(self, outputs: Any) -> torch.Tensor:
+        return outputs.hidden_states[-1]
+
+    def keep(self, path: torch.Tensor) -> None:
+        self.slots.keep(path)
