@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,16 +15,19 @@ import torch
 from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 
-from dream_hf import generation
+from dream_hf import drafting, generation
 from dream_hf.benchmark import METHODS, Settings, load_prompts, make_methods, run_benchmark
 from dream_hf.benchmark import phases as phases_module
 from dream_hf.benchmark import runner as runner_module
 from dream_hf.benchmark.measure import Measurement, measure
 from dream_hf.benchmark.phases import FUNCTIONS, PHASES, clocked, find_function, profile_steps
 from dream_hf.benchmark.public_sets import PUBLIC_SETS, with_choices
-from dream_hf.benchmark.shares import time_shares
+from dream_hf.benchmark.shares import OwnerClock, time_shares, watching
 from dream_hf.benchmark.statistics import bootstrap_interval, median_of, median_ratio, ratio_of_totals, summarize
+from dream_hf.benchmark.syncs import MESSAGE, count_syncs
 from dream_hf.demo import make_rows
+from dream_hf.drafting import TargetHead
+from dream_hf.lean import lean_drafter
 from dream_hf.model_card import write_card
 from dream_hf.prompts import PromptEncoder
 
@@ -416,11 +420,48 @@ def test_the_model_card_shows_the_results(target, drafter, tmp_path):
 def test_time_shares(target, drafter):
     plain, tree = make_methods(["dream_tree"], target, drafter)
     encoder = PromptEncoder(tiny_processor())
+    time_shares(target, encoder, tree, prompts(1), 10)  # transformers leaves hooks of its own at the first decoding
     hooks = [len(module._forward_hooks) for module in target.modules()]
     shares = time_shares(target, encoder, tree, prompts(), 10)
     assert all(0 < share < 1 for share in shares.values())
     assert time_shares(target, encoder, plain, prompts(), 10)["drafter"] == 0
     assert [len(module._forward_hooks) for module in target.modules()] == hooks
+    assert "_prefill" not in vars(target) and generation.TargetHead is TargetHead
+
+
+def test_clocks_leave_the_drafter_its_fast_path(target, drafter, tmp_path, monkeypatch):
+    """A hook would send the drafter through its modules, which is not what is to be measured."""
+    found = []
+
+    def watched(model):
+        found.append(lean_drafter(model))
+        return found[-1]
+
+    monkeypatch.setattr(drafting, "lean_drafter", watched)
+    tree = make_methods(["dream_tree"], target, drafter)[1]
+    encoder = PromptEncoder(tiny_processor())
+    time_shares(target, encoder, tree, prompts(1), 10)
+    profile_steps(target, encoder, tree, prompts(1)[0], 10, tmp_path / "trace.json")
+    assert len(found) == 4 and None not in found
+
+
+def test_every_forward_is_clocked(target, drafter, monkeypatch):
+    """As many calls of the target as steps and a prefill; of the drafter one for the prompt and one for each level."""
+    tree = make_methods(["dream_tree"], target, drafter)[1]
+    owners = []
+    leave = OwnerClock.leave
+
+    def noted(self, owner, *rest):
+        owners.append(owner)
+        leave(self, owner, *rest)
+
+    monkeypatch.setattr(OwnerClock, "leave", noted)
+    inputs = encoded(prompts(1)[0])
+    with tree.ready(target, inputs, 0.0, 10) as arguments, watching(target, drafter) as clock:
+        found = measure(target, inputs, arguments)
+    assert owners.count("target") == 1 + len(found.gains)
+    assert owners.count("drafter") >= 3 * len(found.gains)  # the head at every level alone
+    assert 0 < sum(clock.seconds.values()) < found.seconds
 
 
 def test_every_clocked_function_exists():
@@ -436,6 +477,7 @@ def test_profile(target, drafter, tmp_path):
     parts = profile_steps(target, PromptEncoder(tiny_processor()), tree, prompts()[1], 10, tmp_path / "trace.json")
     assert generation.grow_tree is grow and "forward" not in vars(target) and "forward" not in vars(drafter)
     assert set(parts["milliseconds_per_step"]) == set(PHASES)
+    assert parts["host_device_syncs"] is None  # on a CPU there is nothing to wait for
     assert all(value > 0 for value in parts["milliseconds_per_step"].values())
     assert sum(parts["share_of_step"].values()) == pytest.approx(1.0)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -443,12 +485,39 @@ def test_profile(target, drafter, tmp_path):
     assert {f"dream_hf: {name}" for name in PHASES if name != "rest"} <= names
 
 
+def test_syncs_are_counted_step_by_step(target, drafter, monkeypatch):
+    modes, steps, verify, prefill = [], [], generation.Chooser.verify, generation._Decoding.prefill
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def noisy(self, *args):
+        steps.append(1)
+        for _ in range(3 if len(steps) == 2 else 1):
+            warnings.warn(f"called a {MESSAGE}", UserWarning, stacklevel=1)  # what PyTorch says of each
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return verify(self, *args)
+
+    def noisy_prefill(self):
+        warnings.warn(f"called a {MESSAGE}", UserWarning, stacklevel=1)
+        prefill(self)
+
+    monkeypatch.setattr(generation.Chooser, "verify", noisy)
+    monkeypatch.setattr(generation._Decoding, "prefill", noisy_prefill)
+    step = generation._Decoding.step
+    tree = make_methods(["dream_tree"], target, drafter)[1]
+    inputs = encoded(prompts(1)[0])
+    with tree.ready(target, inputs, 0.0, 10) as arguments:
+        counts = count_syncs(lambda: measure(target, inputs, arguments))
+    assert len(steps) >= 2 and counts == {"mean": pytest.approx(1 + 2 / len(steps)), "most": 3}
+    assert modes == ["warn", 0] and generation._Decoding.step is step
+
+
 def test_clocks_count_inner_phases_once(target, drafter):
     tree = make_methods(["dream_tree"], target, drafter)[1]
     inputs = encoded(prompts()[0])
     with tree.ready(target, inputs, 0.0, 10) as arguments:
         expected = measure(target, inputs, arguments).tokens
-        with clocked(target, drafter) as clock:
+        with clocked(target.device) as clock:
             found = measure(target, inputs, arguments)
     assert found.tokens == expected
     assert sum(clock.seconds.values()) <= found.seconds

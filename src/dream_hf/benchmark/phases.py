@@ -16,9 +16,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
+from .. import generation
 from ..prompts import PromptEncoder
 from .measure import measure, synchronize
 from .methods import Method
+from .shares import clocked_head
+from .syncs import count_syncs
 from .tasks import Prompt
 
 logger = logging.get_logger(__name__)
@@ -28,6 +31,8 @@ PHASES = ("target forward", "drafter forward", "tree growth", "acceptance", "cac
 # Functions of this package by phase. Time in a function that is called inside another one counts for the inner one.
 FUNCTIONS = {
     "generation:_Decoding.prefill": PREFILL,
+    "verifying:Forwards.__call__": "target forward",
+    "verifying:CompiledForwards.__call__": "target forward",
     "generation:grow_tree": "tree growth",
     "choosing:Chooser.verify": "acceptance",
     "caches:SlotLayer.update": "cache work",
@@ -83,9 +88,9 @@ class PhaseClock:
 
 
 @contextmanager
-def clocked(target: Any, drafter: Any) -> Iterator[PhaseClock]:
-    """Clock the phases of decoding while in the block."""
-    clock = PhaseClock(target.device)
+def clocked(device: torch.device) -> Iterator[PhaseClock]:
+    """Clock the phases of decoding while in the block. Nothing is hooked to modules: see [`watching`]."""
+    clock = PhaseClock(device)
     masks: Any = AttentionMaskInterface._global_mapping  # type: ignore[attr-defined]
     with ExitStack() as stack:
         for address, name in FUNCTIONS.items():
@@ -95,9 +100,9 @@ def clocked(target: Any, drafter: Any) -> Iterator[PhaseClock]:
             if name in masks:
                 stack.callback(masks.__setitem__, name, masks[name])
                 masks[name] = clock.timed(masks[name], "mask building")
-        for model, name in ((target, "target forward"), (drafter, "drafter forward")):
-            stack.callback(model.__dict__.pop, "forward", None)
-            model.forward = clock.timed(model.forward, name)
+        _replace(
+            stack, generation, "TargetHead", clocked_head(lambda function: clock.timed(function, "drafter forward"))
+        )
         yield clock
 
 
@@ -120,16 +125,17 @@ def profile_steps(
         trace (`Path`, *optional*): File for the trace, in Chrome's format.
 
     Returns:
-        `dict`: `milliseconds_per_step` and `share_of_step` by phase, `num_steps`, `prefill_milliseconds`.
+        `dict`: `milliseconds_per_step` and `share_of_step` by phase, `num_steps`, `prefill_milliseconds`, and
+        `host_device_syncs`, `mean` and `most` of a step, which is None where host and device are one.
     """
-    drafter = method.arguments["assistant_model"]
     inputs = encoder.encode([(prompt.messages, prompt.images)])
     with method.ready(target, inputs, 0.0, max_new_tokens) as arguments:
         measure(target, inputs, arguments)
-        with clocked(target, drafter) as clock:
+        with clocked(target.device) as clock:
             run = measure(target, inputs, arguments)
+        syncs = count_syncs(lambda: measure(target, inputs, arguments)) if target.device.type == "cuda" else None
         if trace is not None:
-            _write_trace(target, drafter, inputs, arguments, trace)
+            _write_trace(target, inputs, arguments, trace)
     num_steps = max(len(run.gains), 1)
     prefill = clock.seconds.pop(PREFILL, 0.0)
     decoding = max(run.seconds - run.first_token_seconds, 1e-9)
@@ -140,6 +146,7 @@ def profile_steps(
         "prefill_milliseconds": 1e3 * prefill,
         "milliseconds_per_step": {name: 1e3 * clock.seconds[name] / num_steps for name in PHASES},
         "share_of_step": {name: clock.seconds[name] / total for name in PHASES},
+        "host_device_syncs": syncs,
     }
 
 
@@ -158,10 +165,10 @@ def _replace(stack: ExitStack, owner: Any, attribute: str, value: Any) -> None:
     setattr(owner, attribute, value)
 
 
-def _write_trace(target: Any, drafter: Any, inputs: Any, arguments: Any, trace: Path) -> None:
+def _write_trace(target: Any, inputs: Any, arguments: Any, trace: Path) -> None:
     activities = [ProfilerActivity.CPU]
     if target.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with clocked(target, drafter), profile(activities=activities) as profiler:
+    with clocked(target.device), profile(activities=activities) as profiler:
         measure(target, inputs, arguments)
     profiler.export_chrome_trace(str(trace))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import generation
+from ..drafting import DrafterState, TargetHead
 from ..modeling_dream import DreamDrafter
 from ..prompts import PromptEncoder
+from ..verifying import CompiledForwards, Forwards
 from .measure import measure, synchronize
 from .methods import Method
 from .tasks import Prompt
@@ -19,8 +23,8 @@ from .tasks import Prompt
 HOOKED_LEVELS = 3  # how deep below the target modules are watched that `generate()` may call by themselves
 
 
-class ModuleClock:
-    """Time in the outermost watched module; what runs inside it belongs to it."""
+class OwnerClock:
+    """Time by owner, "target" or "drafter". What runs inside a call that is counted belongs to that call's owner."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -28,42 +32,90 @@ class ModuleClock:
         self.depth = 0
         self.start = 0.0
 
+    def enter(self, *_: Any) -> None:
+        """A call begins."""
+        if self.depth == 0:
+            synchronize(self.device)
+            self.start = time.perf_counter()
+        self.depth += 1
+
+    def leave(self, owner: str, *_: Any) -> None:
+        """A call of `owner` ends."""
+        self.depth -= 1
+        if self.depth == 0:
+            synchronize(self.device)
+            self.seconds[owner] += time.perf_counter() - self.start
+
+    def timed(self, function: Callable, owner: str) -> Callable:
+        """`function`, counted for `owner`."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.enter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave(owner)
+
+        return call
+
     def watch(self, module: nn.Module, owner: str) -> list[Any]:
-        """Hooks that add the module's time to `owner`."""
-
-        def before(*_: Any) -> None:
-            if self.depth == 0:
-                synchronize(self.device)
-                self.start = time.perf_counter()
-            self.depth += 1
-
-        def after(*_: Any) -> None:
-            self.depth -= 1
-            if self.depth == 0:
-                synchronize(self.device)
-                self.seconds[owner] += time.perf_counter() - self.start
-
-        return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+        """Hooks that count a module's calls for `owner`."""
+        after = functools.partial(self.leave, owner)
+        return [
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(lambda *_: after(), always_call=True),
+        ]
 
 
 @contextmanager
-def watching(target: Any, drafter: nn.Module | None) -> Iterator[ModuleClock]:
-    """Clock the forwards of both models while in the block.
-
-    The target's embedding and head, called by themselves, are at work for the drafter, which borrows them.
-    """
-    clock = ModuleClock(target.device)
-    borrowed = {id(target.get_input_embeddings()), id(target.get_output_embeddings())}
-    handles = []
-    for module in _upper_modules(target, HOOKED_LEVELS):
-        handles += clock.watch(module, "drafter" if id(module) in borrowed and drafter is not None else "target")
-    if drafter is not None:
-        handles += clock.watch(drafter, "drafter")
-    try:
+def watching(target: Any, assistant: Any = None) -> Iterator[OwnerClock]:
+    """Clock the forwards of both models while in the block; `assistant` is what drafts, if anything does."""
+    clock = OwnerClock(target.device)
+    with ExitStack() as stack:
+        if isinstance(assistant, DreamDrafter):
+            _watch_functions(stack, clock, target)
+        else:
+            handles = [
+                handle for module in _upper_modules(target, HOOKED_LEVELS) for handle in clock.watch(module, "target")
+            ]
+            if isinstance(assistant, nn.Module):
+                handles += clock.watch(assistant, "drafter")
+            for handle in handles:
+                stack.callback(handle.remove)
         yield clock
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _watch_functions(stack: ExitStack, clock: OwnerClock, target: Any) -> None:
+    """
+    Clock what the DREAM loop calls. Hooks on modules would not do: drafters with hooks decode more slowly, and compiled
+    forwards have none.
+
+    The target's embedding and head, where the drafter borrows them, are at work for the drafter.
+    """
+
+    stack.callback(setattr, generation, "TargetHead", generation.TargetHead)
+    generation.TargetHead = clocked_head(lambda function: clock.timed(function, "drafter"))  # type: ignore[assignment, misc]
+    owners: list[tuple[type, str, str]] = [
+        (Forwards, "__call__", "target"),
+        (CompiledForwards, "__call__", "target"),
+        (DrafterState, "_forward", "drafter"),
+    ]
+    for owner_class, name, owner in owners:
+        function = vars(owner_class)[name]
+        stack.callback(setattr, owner_class, name, function)
+        setattr(owner_class, name, clock.timed(function, owner))
+    stack.callback(target.__dict__.pop, "_prefill", None)
+    target._prefill = clock.timed(target._prefill, "target")
+
+
+def clocked_head(timed: Callable[[Callable], Callable]) -> Callable[..., TargetHead]:
+    """What makes a [`TargetHead`] with both functions put through `timed`."""
+
+    def make(embed: Callable, logits: Callable, *rest: Any, **named: Any) -> TargetHead:
+        return TargetHead(timed(embed), timed(logits), *rest, **named)
+
+    return make
 
 
 def time_shares(
@@ -76,17 +128,13 @@ def time_shares(
         inputs = encoder.encode([(prompt.messages, prompt.images)])
         with (
             method.ready(target, inputs, 0.0, max_new_tokens) as arguments,
-            watching(target, _as_module(drafter)) as clock,
+            watching(target, drafter) as clock,
         ):
             total += measure(target, inputs, arguments).seconds
         for owner, seconds in clock.seconds.items():
             spent[owner] += seconds
     shares = {owner: seconds / total for owner, seconds in spent.items()}
     return {**shares, "rest": 1.0 - sum(shares.values())}
-
-
-def _as_module(model: Any) -> nn.Module | None:
-    return model if isinstance(model, nn.Module | DreamDrafter) else None
 
 
 def _upper_modules(module: nn.Module, levels: int) -> Iterator[nn.Module]:
