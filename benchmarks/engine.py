@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from engine_floor import measure_bandwidth
 from engine_report import NOTE, Results, describe, table
-from engine_rows import WAYS, Settings, attempt, measure_row, release_memory
+from engine_rows import WAYS, Settings, attempt, measure_row, parse_tree, release_memory
 from engine_shapes import SHAPES, TINY, Shape, make_drafter, make_target
 from tqdm.auto import tqdm
 
@@ -99,14 +99,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="one tiny shape instead, to see whether the script runs")
     parser.add_argument("--output", type=Path, help="JSON file, written after every row")
     return parser.parse_args(arguments)
-
-
-def parse_tree(text: str) -> tuple[int, int, int]:
-    try:
-        depth, top_k, size = (int(part) for part in text.split("/"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"`{text}` must be depth/top_k/size, such as 6/4/32") from error
-    return depth, top_k, size
 
 
 if __name__ == "__main__":

@@ -35,13 +35,7 @@ NAMES = {
 def describe(device: torch.device, dtype: torch.dtype, settings: Settings, bandwidth: float) -> dict[str, Any]:
     """Machine, versions and settings."""
     return {
-        "machine": describe_machine(device),
-        "versions": {
-            "dream_hf": __version__,
-            "revision": _revision(),
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers")},
-        },
+        **describe_source(device),
         "copy_bytes_per_second": bandwidth,
         "settings": {
             "dtype": str(dtype).removeprefix("torch."),
@@ -50,6 +44,19 @@ def describe(device: torch.device, dtype: torch.dtype, settings: Settings, bandw
             "new_tokens": 1 + settings.num_tokens,
             "repeats": settings.repeats,
             "with_compiled": settings.with_compiled,
+        },
+    }
+
+
+def describe_source(device: torch.device) -> dict[str, Any]:
+    """Machine and versions."""
+    return {
+        "machine": describe_machine(device),
+        "versions": {
+            "dream_hf": __version__,
+            "revision": _revision(),
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers")},
         },
     }
 
@@ -98,9 +105,7 @@ def table(rows: Sequence[Mapping[str, Any]], taus: Sequence[float]) -> str:
         for row in rows
         for way in WAYS
     ]
-    return "\n".join(
-        ("simulated acceptance; speedups over plain / over compiled plain", "", *_aligned([head, *lines]))
-    )
+    return "\n".join(("simulated acceptance; speedups over plain / over compiled plain", "", *aligned([head, *lines])))
 
 
 def _cells(row: Mapping[str, Any], way: str, taus: Sequence[float]) -> list[str]:
@@ -126,7 +131,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
+    """A Markdown table of cells, the first line its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from engine_floor import Bytes, cache_bytes, count_bytes
 from engine_planting import make_plan
 from engine_shapes import make_prompt
-from engine_ways import NUM_SKIPPED, Run, can_compile_decoding, compiled_decoding, run_dream, run_plain, split_step
+from engine_ways import NUM_SKIPPED, Run, compiled_decoding, run_dream, run_plain, split_step, why_not_compiled
 from torch import Tensor
 from transformers.utils import logging
 
@@ -54,6 +55,15 @@ class Settings:
     def num_tokens(self) -> int:
         """New tokens after the first one."""
         return round(self.num_steps * max(self.taus))
+
+
+def parse_tree(text: str) -> tuple[int, int, int]:
+    """Depth, top-k and size out of "6/4/32"."""
+    try:
+        depth, top_k, size = (int(part) for part in text.split("/"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"`{text}` must be depth/top_k/size, such as 6/4/32") from error
+    return depth, top_k, size
 
 
 def measure_row(
@@ -144,10 +154,10 @@ class _Dream:
     settings: Settings
 
     def compiled_figures(self) -> Figures:
-        if not can_compile_decoding():
-            return {"error": "not available in this version of dream_hf"}
         with compiled_decoding(self.drafter):
-            return self.figures()
+            figures = self.figures()
+        reason = why_not_compiled(self.target)
+        return figures if reason is None else {"error": f"not compiled: {reason}"}
 
     def figures(self) -> Figures:
         """Times at each tau, and in all; where a step's time goes; what was not as planned."""

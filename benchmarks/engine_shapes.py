@@ -19,7 +19,8 @@ from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.targets import VISUAL_TOKEN_IDS, Target
 
 VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-GAIN = 0.5  # of a linear layer; small, so that what the layers add does not drown the embedding
+GAIN = 0.5  # of a linear layer
+EMBEDDING_SIZE = 50.0  # of an embedding's entries as they enter the first layer; large beside what all layers add
 WINNING_LOGIT = 20.0  # of the token that follows, roughly; the others' are within a few units of 0
 FIRST_TEXT_ID = 100  # prompts avoid the special tokens at the start of a vocabulary
 
@@ -152,7 +153,7 @@ def clear_continuation(target: Any) -> None:
     embedding = view.embedding.weight
     embedding.normal_()
     sample = torch.arange(FIRST_TEXT_ID, device=embedding.device)
-    embedding.div_(view.embed(sample).float().std())  # some families multiply what they look up
+    embedding.mul_(EMBEDDING_SIZE / view.embed(sample).float().std())  # some families multiply what they look up
     head = view.lm_head.weight
     if head.data_ptr() != embedding.data_ptr():
         head[1:].copy_(embedding[:-1])

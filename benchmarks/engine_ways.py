@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
-from dream_hf import DreamConfig, DreamDrafter
+from dream_hf import DreamDrafter
 from dream_hf.benchmark.measure import peak_memory, synchronize
 from dream_hf.benchmark.phases import PhaseClock, find_function
+from dream_hf.compiling import Settings as Compiler
+from dream_hf.compiling import compiled_function, missing_compiler, run_model, uncompilable
 
 NUM_SKIPPED = 3  # forwards before the clock starts: graphs are recorded, and buffers made, in the first ones
 
@@ -140,16 +142,19 @@ def split_step(
 @contextmanager
 def compiled_decoding(drafter: DreamDrafter) -> Iterator[None]:
     """Switch compiled decoding on while in the block."""
-    drafter.config.compile = True  # type: ignore[attr-defined]
+    drafter.config.compile = True
     try:
         yield
     finally:
-        drafter.config.compile = False  # type: ignore[attr-defined]
+        drafter.config.compile = False
 
 
-def can_compile_decoding() -> bool:
-    """Whether this version of dream_hf has the switch."""
-    return "compile" in DreamConfig.__dataclass_fields__  # type: ignore[attr-defined]
+def why_not_compiled(target: Any) -> str | None:
+    """Why decoding with trees runs uncompiled although the switch is on, or None where it is compiled."""
+    reason = missing_compiler(Compiler(), target.device) or uncompilable(target)
+    if reason is None and compiled_function(target, run_model, Compiler()).is_broken:
+        return "the compiler failed"
+    return reason
 
 
 def _compile_config(device: torch.device) -> CompileConfig:
