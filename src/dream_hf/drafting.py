@@ -10,14 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
 from .caches import Slots, slot_cache
+from .compiling import Settings, compiled_function
 from .configuration_dream import DreamConfig
-from .lean import Angles, lean_drafter
+from .lean import Angles, LeanDrafter, lean_drafter
 from .modeling_dream import DraftMasks, DreamDrafter
+from .static_caches import StaticSlotLayer, StaticSlots, static_cache
 from .threads import cpu_threads
 from .tree import DraftTree
 
@@ -47,15 +51,24 @@ class DrafterState:
     Args:
         drafter (`DreamDrafter`): The drafter; not changed.
         batch_size (`int`): Rows.
+        settings (`Settings`, *optional*): Compile the levels of trees like this. A drafter without a lean form is not
+            compiled.
     """
 
-    def __init__(self, drafter: DreamDrafter, batch_size: int):
-        self.drafter = drafter
+    def __init__(self, drafter: DreamDrafter, batch_size: int, settings: Settings | None = None):
+        self.drafter, config = drafter, drafter.config
         self.lean = lean_drafter(drafter)
-        self.tokens = Slots([0] * batch_size)
-        self.features = Slots([0] * batch_size)
-        blocks = drafter.config.block_types
-        self.cache: Cache = slot_cache([self.features if block == "cross" else self.tokens for block in blocks])
+        self.compiled = None
+        if settings is not None and self.lean is not None:
+            self.compiled = compiled_function(drafter, _lean_level, settings)
+        make_slots = Slots if self.compiled is None else StaticSlots
+        self.tokens, self.features = make_slots([0] * batch_size), make_slots([0] * batch_size)
+        slots_of_layers: list[Any] = [self.features if kind == "cross" else self.tokens for kind in config.block_types]
+        if self.compiled is None:
+            self.cache = slot_cache(slots_of_layers)
+        else:
+            shape = (batch_size, config.num_key_value_heads, 0, config.head_dim)
+            self.cache = static_cache(slots_of_layers, torch.empty(shape, dtype=drafter.dtype, device=drafter.device))
         self.root_features: torch.Tensor | None = None  # (B, 1, H), the drafter's own for the last token
         self.root_positions: torch.Tensor | None = None  # (B, 1)
         self.level_angles: Angles | None = None  # of the levels below the last token
@@ -72,8 +85,7 @@ class DrafterState:
         positions = positions.to(device)
         num_tokens, num_missing = embeds.shape[1], embeds.shape[1] - features.shape[1]
         own = self.tokens.tensor(device)[:, None] + torch.arange(num_tokens, device=device)
-        columns = torch.arange(self.tokens.longest + num_tokens, device=device)
-        sees = columns <= own[..., None]
+        sees = torch.arange(self.reserve(num_tokens), device=device) <= own[..., None]
         with cpu_threads(self.drafter.config.draft_threads):
             hidden = self._forward(embeds.to(device, dtype), features.to(device, dtype), sees, positions)
         self.level_angles = None
@@ -89,43 +101,52 @@ class DrafterState:
         steps = torch.arange(1, embeds.shape[1] + 1, device=self.drafter.device)
         self.read(embeds, features, self.root_positions + steps, counts)
 
+    def reserve(self, num_new: int) -> int:
+        """Make room for `num_new` tentative slots; returns how many columns a mask over all slots has.
+
+        Column c stands for token slot c and feature slot c - 1.
+        """
+        for layer in self.cache.layers:
+            if isinstance(layer, StaticSlotLayer):
+                layer.reserve(num_new)
+        return max(self._num_slots(self.tokens, num_new), self._num_slots(self.features, num_new) + 1)
+
     def beams(self, embeds: torch.Tensor, features: torch.Tensor, sees: torch.Tensor, level: int) -> torch.Tensor:
         """Run one level's beams, tentatively: embeds (B, k, H), their parents' features (B, k, H) -> features (B, k, H).
 
-        `sees` (B, k, slots) tells which slots each beam sees: the verified ones, its ancestors' and its own.
+        `sees` (B, k, columns) tells which slots each beam sees: the verified ones, its ancestors' and its own.
         """
         assert self.root_positions is not None  # something has been read
-        num_beams = embeds.shape[1]
-        positions = (self.root_positions + level).expand(-1, num_beams)
-        sees = sees[..., : self.tokens.end + num_beams]
-        hidden = self._forward(embeds, features, sees, positions, self._angles_of(level, embeds))
+        positions = (self.root_positions + level).expand(-1, embeds.shape[1])
+        hidden = self._forward(embeds, features, sees, positions, self.angles_of(level, embeds))
+        self.extend(embeds.shape[1])
+        return hidden
+
+    def next_level(self, head: TargetHead, beams: Beams, depth: int) -> Level:
+        """Run the beams at a depth, tentatively, and find their children."""
+        like = beams.features
+        if self.compiled is None:
+            embeds = head.embed(beams.tokens).to(like.device, like.dtype)
+            return _next_level(head, beams, self.beams(embeds, like, beams.sees, depth))
+        num_beams = beams.tokens.shape[1]
+        num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
+        level = self.compiled(self.lean, self.cache, head, beams, self.angles_of(depth, like), num_columns)
+        self.extend(num_beams)
+        if like.device.type == "cpu":
+            return level
+        return tree_map(torch.clone, level)  # a captured graph writes its next results over these
+
+    def extend(self, num_beams: int) -> None:
+        """Take note that a level has been written to the tentative slots."""
         self.tokens.extend(num_beams)
         self.features.extend(num_beams)
-        return hidden
 
     def forget_beams(self) -> None:
         """Take the tentative slots back."""
         self.tokens.rollback()
         self.features.rollback()
 
-    def _forward(
-        self,
-        embeds: torch.Tensor,
-        features: torch.Tensor,
-        sees: torch.Tensor,
-        positions: torch.Tensor,
-        angles: Angles | None = None,
-    ) -> torch.Tensor:
-        masks = DraftMasks(sees, sees[..., 1:])
-        if self.lean is not None and self.features.longest:  # else the first token sees no feature
-            angles = angles or self.lean.angles(embeds, positions)
-            return self.lean(embeds, features, masks, angles, self.cache)
-        outputs = self.drafter(
-            embeds, features, attention_mask=masks, position_ids=positions, past_key_values=self.cache
-        )
-        return outputs.last_hidden_state
-
-    def _angles_of(self, level: int, like: torch.Tensor) -> Angles | None:
+    def angles_of(self, level: int, like: torch.Tensor) -> Angles | None:
         """Rotary angles of a level, all beams of which have one position; computed for all levels together."""
         if self.lean is None or self.root_positions is None:
             return None
@@ -135,24 +156,94 @@ class DrafterState:
         cos, sin = self.level_angles
         return cos[:, :, level - 1 : level], sin[:, :, level - 1 : level]
 
+    def _forward(
+        self,
+        embeds: torch.Tensor,
+        features: torch.Tensor,
+        sees: torch.Tensor,
+        positions: torch.Tensor,
+        angles: Angles | None = None,
+    ) -> torch.Tensor:
+        num_tokens, num_features = embeds.shape[1], features.shape[1]
+        seen_features = sees[..., 1 : 1 + self._num_slots(self.features, num_features)]
+        masks = DraftMasks(sees[..., : self._num_slots(self.tokens, num_tokens)], seen_features)
+        if self.lean is not None and self.features.longest:  # else the first token sees no feature
+            angles = angles or self.lean.angles(embeds, positions)
+            return self.lean(embeds, features, masks, angles, self.cache)
+        outputs = self.drafter(
+            embeds, features, attention_mask=masks, position_ids=positions, past_key_values=self.cache
+        )
+        return outputs.last_hidden_state
 
-class _Sight:
-    """Which slots the beams of a growing tree see: the verified ones, their ancestors' and their own."""
+    def _num_slots(self, slots: Slots, num_new: int) -> int:
+        """Slots that attention is shown when `num_new` are written: those in use, or all of a buffer of fixed size."""
+        for layer in self.cache.layers:
+            if isinstance(layer, StaticSlotLayer) and layer.slots is slots:
+                return layer.get_mask_sizes(num_new)[0]
+        return slots.end + num_new
 
-    def __init__(self, lengths: torch.Tensor, num_slots: int, top_k: int):  # lengths: (B,), slots with all levels
-        self.top_k = top_k
-        verified = torch.arange(num_slots, device=lengths.device) < lengths[:, None]
-        self.sees = verified[:, None].expand(-1, top_k, -1)  # (B, k, slots)
-        self.own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[
-            ..., None
-        ]  # (B, k, 1), next level's
 
-    def descend(self, parents: torch.Tensor) -> torch.Tensor:
-        """Go one level down: each beam sees what its parent (B, k) among the beams saw, and itself."""
-        self.sees = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[-1]))
-        self.sees.scatter_(2, self.own, True)
-        self.own = self.own + self.top_k
-        return self.sees
+class Beams(NamedTuple):
+    """The k nodes of a level that are expanded, in each of B rows."""
+
+    tokens: torch.Tensor  # (B, k)
+    scores: torch.Tensor  # (B, k), cumulative log-probabilities
+    features: torch.Tensor  # (B, k, H), their parents'
+    own: torch.Tensor  # (B, k, 1), the token slots they are written to
+    sees: torch.Tensor  # (B, k, columns), the verified tokens, their ancestors and themselves
+
+
+class Level(NamedTuple):
+    """All expanded nodes of a level, n of them in each row, and the best of them."""
+
+    tokens: torch.Tensor  # (B, n)
+    scores: torch.Tensor  # (B, n)
+    chosen: torch.Tensor  # (B, k), which of them are the beams
+    beams: Beams
+
+
+def _first_level(state: DrafterState, head: TargetHead, config: DreamConfig) -> Level:
+    """The likeliest tokens below the root."""
+    assert state.root_features is not None  # something has been read
+    top_k, lengths = config.tree_top_k, state.tokens.tensor(state.drafter.device)
+    scores, tokens = _top_log_probs(head, state.root_features, top_k)  # (B, 1, k) each
+    num_columns = state.reserve(config.tree_depth * top_k)
+    verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
+    own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
+    return _choose(tokens, scores, state.root_features, verified[:, None], own)
+
+
+def _next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor) -> Level:
+    """The children of `beams`, whose features are `hidden` (B, k, H)."""
+    top_k = beams.tokens.shape[1]
+    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, k) each
+    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + top_k)
+
+
+def _choose(
+    tokens: torch.Tensor,  # (B, parents, k)
+    scores: torch.Tensor,  # (B, parents, k)
+    hidden: torch.Tensor,  # (B, parents, H)
+    sees: torch.Tensor,  # (B, parents, columns)
+    own: torch.Tensor,  # (B, k, 1)
+) -> Level:
+    """The k best of the nodes become the next beams: each sees what its parent saw, and itself."""
+    top_k = tokens.shape[-1]
+    tokens, scores = tokens.flatten(1), scores.flatten(1)
+    beam_scores, chosen = scores.topk(top_k, dim=-1)
+    parents = (chosen // top_k)[..., None]
+    features = hidden.gather(1, parents.expand(-1, -1, hidden.shape[-1]))
+    sees = sees.gather(1, parents.expand(-1, -1, sees.shape[-1])).scatter_(2, own, True)
+    return Level(tokens, scores, chosen, Beams(tokens.gather(1, chosen), beam_scores, features, own, sees))
+
+
+def _lean_level(
+    lean: LeanDrafter, cache: Cache, head: TargetHead, beams: Beams, angles: Angles, num_columns: tuple[int, int]
+) -> Level:
+    """A whole level as one function of tensors, to be compiled: the beams go in, their children and the next beams come out."""
+    embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
+    masks = DraftMasks(beams.sees[..., : num_columns[0]], beams.sees[..., 1 : 1 + num_columns[1]])
+    return _next_level(head, beams, lean(embeds, beams.features, masks, angles, cache))
 
 
 @dataclass
@@ -188,32 +279,22 @@ def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, 
         `DraftTree`: `min(tree_size, number of expanded nodes)` nodes and the root, on the state's device.
     """
     with cpu_threads(config.draft_threads):
-        found = _expand_levels(state, head, root_tokens.shape[0], config)
+        found = _expand_levels(state, head, config)
         return _best_tree(found, root_tokens.to(state.drafter.device), config)
 
 
-def _expand_levels(state: DrafterState, head: TargetHead, batch: int, config: DreamConfig) -> _Candidates:
+def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig) -> _Candidates:
     """All nodes found on the way down, level by level."""
-    top_k, device, dtype = config.tree_top_k, state.drafter.device, state.drafter.dtype
-    found = _Candidates()
-    assert state.root_features is not None  # something has been read
-    hidden = state.root_features
-    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, 1, k) each
-    found.add(tokens.flatten(1), scores.flatten(1), torch.full((batch, top_k), -1, device=device))
-    lengths = state.tokens.tensor(device)
-    sight = _Sight(lengths, state.tokens.longest + config.tree_depth * top_k, top_k)
-
-    for level in range(1, config.tree_depth):
-        beam_scores, chosen = found.scores[-1].topk(top_k, dim=-1)  # (B, k)
-        if config.tree_min_level_probability and _promise(beam_scores) < config.tree_min_level_probability:
+    found, top_k = _Candidates(), config.tree_top_k
+    level = _first_level(state, head, config)
+    found.add(level.tokens, level.scores, torch.full_like(level.tokens, -1))
+    for depth in range(1, config.tree_depth):
+        beams = level.beams
+        if config.tree_min_level_probability and _promise(beams.scores) < config.tree_min_level_probability:
             break
-        parents = torch.zeros_like(chosen) if level == 1 else chosen // top_k
-        features = hidden.gather(1, parents[..., None].expand(-1, -1, hidden.shape[-1]))
-        embeds = head.embed(found.tokens[-1].gather(1, chosen)).to(device, dtype)
-        hidden = state.beams(embeds, features, sight.descend(parents), level)
-        scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, k)
-        scores = scores + beam_scores[..., None]
-        found.add(tokens.flatten(1), scores.flatten(1), (found.num_above + chosen).repeat_interleave(top_k, dim=1))
+        parents = (found.num_above + level.chosen).repeat_interleave(top_k, dim=1)
+        level = state.next_level(head, beams, depth)
+        found.add(level.tokens, level.scores, parents)
     state.forget_beams()
     return found
 

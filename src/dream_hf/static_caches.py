@@ -26,7 +26,7 @@ class Pointers:
     """Where rows stand, on one device, as compiled code sees it.
 
     Args:
-        starts (`torch.LongTensor` of shape `(B,)`): First tentative slot of each row.
+        starts (`torch.LongTensor` of shape `(B,)`): The slot that each row writes next.
         end (`torch.LongTensor` of shape `()`): First slot that no row uses.
         moved_from, moved_to (`torch.LongTensor` of shape `(B, P)`): Slots to be moved before anything is written.
     """
@@ -57,6 +57,18 @@ class StaticSlots(Slots):
         for device, pointers in self._pointers.items():
             pointers.starts.copy_(self.tensor(device))
             pointers.end.fill_(self.longest)
+
+    def extend(self, num_slots: int) -> None:
+        """Take note of `num_slots` tentative slots written by a forward pass, in every layer."""
+        super().extend(num_slots)
+        for pointers in self._pointers.values():
+            pointers.starts.add_(num_slots)
+
+    def rollback(self) -> None:
+        """Take all tentative slots back."""
+        super().rollback()
+        for device, pointers in self._pointers.items():
+            pointers.starts.copy_(self.tensor(device))
 
     def pointers(self, device: torch.device) -> Pointers:
         """The tensors for layers on a device; the same ones as long as these slots are used."""
@@ -130,8 +142,7 @@ class StaticSlotLayer(SlotLayer):
             self.lazy_initialization(key_states, value_states)
         pointers, num_moved = self.pointers, self.slots.path_size
         num_new = key_states.shape[2]
-        steps = torch.arange(num_new, device=self.keys.device) + self.slots.tentative
-        new = self._inside(pointers.starts[:, None] + steps)
+        new = self._inside(pointers.starts[:, None] + torch.arange(num_new, device=self.keys.device))
         source, destination = self._inside(pointers.moved_from), self._inside(pointers.moved_to)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if num_moved > 1:
@@ -173,6 +184,14 @@ class StaticSlotLayer(SlotLayer):
         elif buffer.device.type != "cpu":  # a graph of device calls writes to addresses, not to tensors
             torch._dynamo.mark_static_address(buffer, guard=False)
         return buffer
+
+
+def static_cache(slots_of_layers: Sequence[StaticSlots], empty: torch.Tensor) -> Cache:
+    """As [`slot_cache`], with [`StaticSlotLayer`]s for keys and values like `empty` (B, heads, 0, head_dim)."""
+    layers = [StaticSlotLayer(slots, is_dynamic=empty.device.type == "cpu") for slots in slots_of_layers]
+    for layer in layers:
+        layer.lazy_initialization(empty, empty)
+    return Cache(layers=layers)
 
 
 @contextmanager

@@ -39,7 +39,6 @@ FUNCTIONS = {
     "caches:SlotLayer.keep": "cache work",
     "caches:Slots.commit": "cache work",
     "drafting:DrafterState._forward": "drafter forward",
-    "drafting:_Sight.descend": "mask building",
     "modeling_dream:attention_bias": "mask building",
 }
 MASK_NAMES = ("sdpa", "eager", "flex_attention")
