@@ -27,7 +27,7 @@ def write_rows(output: Path, num_rows: int, seed: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/rows.jsonl"), help="file to write")
-    parser.add_argument("--num-rows", type=int, default=3000, help="rows over all tasks")
+    parser.add_argument("--num-rows", type=int, default=3300, help="rows over all tasks")
     parser.add_argument(
         "--seed", type=int, default=600_000, help="first seed; from 1,000,000 on pictures are held out"
     )
