@@ -67,7 +67,7 @@ class DrafterState:
         if self.compiled is None:
             self.cache = slot_cache(slots_of_layers)
         else:
-            shape = (batch_size, config.num_key_value_heads, 0, config.head_dim)
+            shape: Any = (batch_size, config.num_key_value_heads, 0, config.head_dim)
             self.cache = static_cache(slots_of_layers, torch.empty(shape, dtype=drafter.dtype, device=drafter.device))
         self.root_features: torch.Tensor | None = None  # (B, 1, H), the drafter's own for the last token
         self.root_positions: torch.Tensor | None = None  # (B, 1)

@@ -188,7 +188,7 @@ class StaticSlotLayer(SlotLayer):
 
 def static_cache(slots_of_layers: Sequence[StaticSlots], empty: torch.Tensor) -> Cache:
     """As [`slot_cache`], with [`StaticSlotLayer`]s for keys and values like `empty` (B, heads, 0, head_dim)."""
-    layers = [StaticSlotLayer(slots, is_dynamic=empty.device.type == "cpu") for slots in slots_of_layers]
+    layers: list[Any] = [StaticSlotLayer(slots, is_dynamic=empty.device.type == "cpu") for slots in slots_of_layers]
     for layer in layers:
         layer.lazy_initialization(empty, empty)
     return Cache(layers=layers)
