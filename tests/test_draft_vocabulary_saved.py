@@ -38,6 +38,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("auto_class", [DreamDrafter, AutoModel])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_loaded_as_it_was_saved(folder, tmp_path, auto_class, dtype):
+    assert "5 of the 64 tokens may be drafted" in (folder / "README.md").read_text()
     loaded = auto_class.from_pretrained(folder, dtype=dtype)
     assert loaded.draft_token_ids.tolist() == IDS and loaded.draft_token_ids.dtype == torch.int64
     assert loaded.config.draft_vocab_size == 5 and loaded.dtype == dtype
@@ -51,6 +52,7 @@ def test_a_drafter_of_the_whole_vocabulary_is_saved_as_ever(tmp_path):
     drafter = reduced_drafter()
     drafter.set_draft_vocabulary(None)
     drafter.save_pretrained(tmp_path)
+    assert "may be drafted" not in (tmp_path / "README.md").read_text()
     assert "draft_token_ids" not in load_file(tmp_path / "model.safetensors")
     loaded = DreamDrafter.from_pretrained(tmp_path)
     assert loaded.draft_token_ids is None and loaded.config.draft_vocab_size is None

@@ -44,13 +44,15 @@ def shape(config: DreamConfig | None) -> str:
         return "Not trained yet. Its shape will follow the target's text decoder (`DreamConfig.from_target`)."
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"
     library_versions = getattr(config, "library_versions", None) or {}
+    num_drafted = config.draft_vocab_size
+    drafted = "" if num_drafted is None else f", {num_drafted:,} of the {config.vocab_size:,} tokens may be drafted"
     versions = ", ".join(f"{name} {number}" for name, number in library_versions.items())
     return (
         f"Blocks {', '.join(config.block_types)}; hidden size {config.hidden_size}, MLP {config.intermediate_size}, {heads}; "
         f"{config.num_parameters:,} weights beside the norms. It has neither embeddings nor a head: it uses the "
         f"target's.\n\nDrafting defaults: depth {config.tree_depth}, top-k {config.tree_top_k}, {config.tree_size} drafted "
-        f"tokens per step, {config.visual_keep_ratio:.0%} of the visual tokens kept in the drafter's prompt. They can be "
-        f"changed: `drafter.config.tree_depth = 8`.\n\nSaved with {versions or 'unrecorded versions'}."
+        f"tokens per step, {config.visual_keep_ratio:.0%} of the visual tokens kept in the drafter's prompt{drafted}. They can "
+        f"be changed: `drafter.config.tree_depth = 8`.\n\nSaved with {versions or 'unrecorded versions'}."
     )
 
 
