@@ -246,6 +246,7 @@ def test_all_methods_side_by_side(target, drafter, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 7
     text = json.dumps(results["provenance"])
     assert str(tmp_path) not in text and "/home" not in text and '"tree_depth": 3' in text
+    assert results["provenance"]["target"]["weights"] != results["provenance"]["drafter"]["weights"]
 
 
 def test_batches(target, drafter, tmp_path):
@@ -361,6 +362,10 @@ def test_a_stopped_benchmark_goes_on(target, drafter, tmp_path, monkeypatch):
     assert len(calls) == 12 and again["rows"] == results["rows"]
     with pytest.raises(ValueError, match=r"`max_new_tokens` 10 and now it is 11"):
         run(target, methods, tmp_path, Settings((0.0,), 11, 1), asked=prompts(3))
+    other = tiny_drafter(target, tree_depth=3, tree_size=8)
+    other.norm.weight.data.mul_(2)  # as if it had been trained on: the same name and shape
+    with pytest.raises(ValueError, match="was begun with `drafter`"):
+        run(target, make_methods(["dream_tree"], target, other), tmp_path, asked=prompts(3))
 
 
 def test_a_method_that_fails_late_is_left_out_and_named(target, drafter, tmp_path, monkeypatch):
@@ -674,6 +679,9 @@ def test_tasks_that_do_not_exist(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps({"image": "none.png", "query": "y"}) + "\n")
     with pytest.raises(ValueError, match=r"row 0 cannot be used.*none\.png"):
         load_prompts(f"chart_qa={tmp_path / 'broken.jsonl'}", 1)
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"`task` \('.*cut\.parquet'\) cannot be read: "):
+        load_prompts(str(tmp_path / "cut.parquet"), 1)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "x"}]}) + "\n")
     with pytest.raises(ValueError, match="no usable row"):
         load_prompts(str(tmp_path / "rows.jsonl"), 1)

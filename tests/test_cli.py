@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from command_line import expected_answer, refusal
+from command_line import expected_answer, refusal, refusal_in_one_line
 from processors import make_image, train_tokenizer
 from tiny_pair import picture_row, save_pair, tiny_target
 
@@ -159,12 +159,60 @@ def test_bench(folders, tmp_path, capsys):
     assert "| rows | dream_tree |" in capsys.readouterr().out
 
 
+def test_bench_refuses_in_one_line_before_anything_is_loaded(tmp_path, capsys):
+    bench = ["bench", "--target", str(tmp_path / "never-looked-at"), "--output", str(tmp_path / "out")]
+    assert "`--methods` has ['dream_tre']; there are ['plain'," in refusal_in_one_line(
+        capsys, *bench, "--methods", "plain", "dream_tre"
+    )
+    assert "`task` ('poem') is unknown" in refusal_in_one_line(capsys, *bench, "--tasks", "poem")
+    missing = str(tmp_path / "prompts.jsonl")
+    assert f"`task` ({missing!r}) does not exist" in refusal_in_one_line(capsys, *bench, "--tasks", missing)
+    assert "no tree shape" in refusal_in_one_line(capsys, *bench, "--trees", "6-4-32")
+    assert "0 is below 1" in refusal_in_one_line(capsys, *bench, "--repeats", "0")
+    assert "`temperatures` ([-1.0])" in refusal_in_one_line(capsys, *bench, "--temperatures", "-1")
+    (tmp_path / "file").write_text("")
+    assert "is a file; name a folder" in refusal_in_one_line(capsys, *bench, "--output", str(tmp_path / "file"))
+    for name, content, message in (
+        ("empty.jsonl", "", "has no usable row among its 0"),
+        ("cut.jsonl", '{"messages": [{"role"', "row 0 cannot be used"),
+        ("columns.jsonl", '{"a": 1}', "no column 'messages', only ['a']"),
+        ("number.jsonl", "3", "row 0 cannot be used"),
+        ("cut.json", '[{"messages"', "cannot be read: Expecting"),
+    ):
+        (tmp_path / name).write_text(content)
+        refused = refusal(capsys, *bench, "--tasks", str(tmp_path / name))
+        assert "`task` (" in refused and name.split(".")[0] in refused and message in refused
+
+
 def test_bench_refuses(folders, tmp_path, capsys):
-    out = ["--output", str(tmp_path / "out")]
-    assert "`task` ('poem') is unknown" in refusal(capsys, "bench", *models(folders), *out, "--tasks", "poem")
-    assert "no tree shape" in refusal(capsys, "bench", *models(folders), *out, "--trees", "6-4-32")
     asked = ["--target", str(folders[0]), "--methods", "dream_tree", "--num-prompts", "1"]
-    assert "`drafter` is needed" in refusal(capsys, "bench", *asked, *out)
+    assert "`drafter` is needed" in refusal(capsys, "bench", *asked, "--output", str(tmp_path / "out"))
+
+
+def test_bench_in_batches_with_repeats(folders, tmp_path, capsys):
+    arguments = [
+        "--tasks",
+        "scene",
+        "--num-prompts",
+        "3",
+        "--temperatures",
+        "0",
+        "--max-new-tokens",
+        "6",
+        "--no-plots",
+    ]
+    arguments += ["--batch-size", "2", "--repeats", "2", "--warmup", "1", "--output", str(tmp_path)]
+    assert main(["bench", *models(folders), *arguments]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["provenance"]["batch_size"], results["provenance"]["repeats"]) == (2, 2)
+    assert list(results["failed_methods"]) == ["prompt_lookup"]  # transformers takes one prompt at a time there
+    methods = ["plain", "plain_static", "dream_chain", "dream_tree"]
+    assert [(row["method"], row["num_prompts"], row["match_rate"]) for row in results["rows"]] == [
+        (method, 3, 1.0) for method in methods
+    ]
+    table = capsys.readouterr().out
+    assert "Batch size 2, medians of 2 runs, at most 6 tokens" in table
+    assert "worst batch" in table and "worst prompt" not in table
 
 
 def test_regenerate(folders, tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..feature_cache import fingerprint_weights
 from ..modeling_dream import DreamDrafter
 from ..version import __version__
 
@@ -43,11 +44,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """Name, revision, size and dtype of a model; of a folder only its own name."""
+    """Name, revision, a digest of the weights, size and dtype of a model; of a folder only its own name."""
+    is_elsewhere = any(weight.is_meta for weight in model.parameters())  # offloaded: not to be read as they are
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return {
         "name": Path(name).name if os.path.isdir(name) else name,
         "revision": getattr(model.config, "_commit_hash", None),
+        "weights": None if is_elsewhere else fingerprint_weights(model),
         "class": type(model).__name__,
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -56,8 +59,10 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def _drafting(drafter: DreamDrafter) -> dict[str, Any]:
-    names = ("tree_depth", "tree_top_k", "tree_size", "visual_keep_ratio")
-    return {name: getattr(drafter.config, name) for name in names}
+    """Everything in the drafter's config that decoding depends on."""
+    names = ("visual_keep_ratio", "pause_below", "compile", "draft_threads", "draft_vocab_size")
+    trees = [name for name in drafter.config.to_dict() if name.startswith("tree_")]
+    return {name: getattr(drafter.config, name) for name in (*trees, *names)}
 
 
 def _versions() -> dict[str, str | None]:

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..journal import append, cut_unfinished_line, entries
+from ..journal import append, cut_unfinished_line, entries, write_whole
 from ..prompts import PromptEncoder
 from .measure import Measurement, measure
 from .methods import Method
@@ -185,7 +185,7 @@ def _check_identity(output: Path, identity: Mapping[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     file, wanted = output / SETTINGS, json.loads(json.dumps(identity))
     if not file.is_file():
-        file.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
+        write_whole(file, json.dumps(wanted, indent=2).encode())
         return
     begun = json.loads(file.read_text(encoding="utf-8"))
     for name in sorted(begun.keys() | wanted.keys()):

@@ -18,11 +18,12 @@ NOTES = (
 def render(results: Mapping[str, Any]) -> str:
     """The results as Markdown: an overview, every task against every method, and where the time goes."""
     rows = [*results["rows"], *results["overall"]]
+    speed = SPEED if results["provenance"]["batch_size"] == 1 else [*map(_of_batches, SPEED)]
     parts = ["# Benchmark", "  \n".join(_facts(results["provenance"]))]
     for temperature in dict.fromkeys(row["temperature"] for row in rows):
         own = [row for row in rows if row["temperature"] == temperature]
         parts += [f"## Temperature {temperature:g}", "Speedup, median over prompts:", overview(own)]
-        parts += ["Every task against every method:", _table(own, SPEED)]
+        parts += ["Every task against every method:", _table(own, speed)]
         parts += ["What it rests on:", _table(own, DETAILS)]
     if results.get("profile"):
         parts += ["## A decoding step", *_profiles(results["profile"])]
@@ -132,6 +133,13 @@ DETAILS: list[Column] = [
     ("peak_bytes", "peak memory, MB", _megabytes),
     ("time_shares", "time in target / drafter / the rest", _shares),
 ]
+
+
+def _of_batches(column: Column) -> Column:
+    """The column where times are those of batches."""
+    name, heading, write = column
+    changed = {"worst_speedup": "worst batch", "slow_share": "batches below 0.95x"}
+    return name, changed.get(name, heading), write
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:

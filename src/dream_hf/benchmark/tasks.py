@@ -98,14 +98,16 @@ def _take(
     """The first usable rows in an order; a set's rows without pictures, for instance, are not."""
     prompts: list[Prompt] = []
     for index in order:
-        raw = source.rows[index]
+        raw: Any = None
         try:
+            raw = source.rows[index]
             row = to_row(raw)
             if row is None:
                 continue
             conversation = parse_row(row, source.folder)
         except KeyError as error:
-            raise ValueError(f"`task` ({task!r}): its rows have no column {error}, only {sorted(raw)}.") from error
+            columns = f", only {sorted(raw)}" if isinstance(raw, Mapping) else ""
+            raise ValueError(f"`task` ({task!r}): its rows have no column {error}{columns}.") from error
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"`task` ({task!r}): row {index} cannot be used: {error}") from error
         prompts.append(Prompt(task, index, conversation.messages, conversation.images))

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from . import tuning
 from .options import add_models, load, whole_number
 
 HELP = "Compare ways of decoding side by side on the same prompts: results.json, a table and plots."
 EXAMPLE = (
     "dream-hf bench --target demo --drafter demo --tasks scene chart text --num-prompts 50 --output results\n"
     "  dream-hf bench --target TARGET --drafter DRAFTER --tasks chart_qa math_vista --trees 6/4/32 8/4/60 "
-    "--keep-ratios 1 0.5 --output results"
+    "--keep-ratios 1 0.5 --output results\n"
+    "  dream-hf bench --target TARGET --drafter FOLDER --tune --save FOLDER"
 )
 METHODS = ("plain", "plain_static", "prompt_lookup", "dream_chain", "dream_tree")
+NUM_PROMPTS, MAX_NEW_TOKENS = 50, 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf bench`."""
     add_models(parser, drafter='folder or Hub id of the drafter; "demo" is the bundled one')
     parser.add_argument("--assistant", help="a small model for transformers' own assisted generation, to compare with")
-    parser.add_argument("--output", required=True, help="folder for the results; started again, it goes on")
+    parser.add_argument("--output", help="folder for the results; started again, it goes on")
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--tasks",
@@ -28,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="demo tasks (scene, chart, text: the default), public sets (mmt_bench, seed_bench_2, science_qa, ocrbench_v2, "
         "chart_qa, math_vista, mmspec; or NAME=FILE), files of rows",
     )
-    what.add_argument("--num-prompts", type=whole_number(1), default=50, help="prompts of each task (default: 50)")
+    what.add_argument("--num-prompts", type=whole_number(1), help=f"prompts of each task (default: {NUM_PROMPTS})")
     what.add_argument("--methods", nargs="+", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
     what.add_argument("--trees", nargs="*", type=tree_shape, default=[], help="further shapes, as DEPTH/TOP_K/SIZE")
     what.add_argument("--keep-ratios", nargs="*", type=float, default=[], help="further shares of the visual tokens")
     what.add_argument("--blind", action="store_true", help="also blank the visual tokens in what the drafter sees")
     what.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0], help="default: 0 1")
-    what.add_argument("--max-new-tokens", type=whole_number(2), default=500, help="longest answer (default: 500)")
+    what.add_argument("--max-new-tokens", type=whole_number(2), help=f"longest answer (default: {MAX_NEW_TOKENS})")
     how = parser.add_argument_group("how")
     how.add_argument("--seed", type=int, default=42, help="for shuffling and sampling (default: 42)")
     how.add_argument("--warmup", type=whole_number(1), default=2, help="prompts before anything counts (default: 2)")
@@ -49,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--profile", action="store_true", help="also split a step into its parts, with a profiler trace")
     how.add_argument("--no-plots", action="store_true", help="write no PNG plots")
     how.add_argument("--date", help="date to put into the results; today by default")
+    tuning.add_arguments(parser)
 
 
 def tree_shape(text: str) -> tuple[int, int, int]:
@@ -64,17 +69,30 @@ def run(args: argparse.Namespace) -> None:
     """Measure, write the results and show the table."""
     import torch
 
+    from ..benchmark import METHODS as KNOWN
     from ..benchmark import Settings, load_prompts, make_methods, run_benchmark
     from ..benchmark.report import render
     from ..models import load_models
 
+    tuning.check(args)
+    if args.tune:
+        tuning.run(args)
+        return
+    max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
     settings = Settings(
-        tuple(args.temperatures), args.max_new_tokens, args.warmup, args.seed, args.batch_size, args.repeats
+        tuple(args.temperatures), max_new_tokens, args.warmup, args.seed, args.batch_size, args.repeats
     )
     settings.check()
+    unknown = [name for name in args.methods if name not in KNOWN]
+    if unknown:
+        raise ValueError(f"`--methods` has {unknown}; there are {list(KNOWN)}.")
+    if Path(args.output).expanduser().is_file():
+        raise ValueError(f"`--output` ({args.output!r}) is a file; name a folder.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    prompts = [prompt for task in args.tasks for prompt in load_prompts(task, args.num_prompts, args.seed)]
+    prompts = [
+        prompt for task in args.tasks for prompt in load_prompts(task, args.num_prompts or NUM_PROMPTS, args.seed)
+    ]
     models = load(args)
     assistant = None
     if args.assistant is not None:

@@ -87,11 +87,14 @@ def _open_path(source: str | Path, split: str, name: str) -> RowSource:
         raise ValueError(
             f"`{name}` ({str(source)!r}) does not exist. Give a file's path, or the id of a dataset on the Hub."
         )
-    if path.suffix == ".parquet":
-        return RowSource(_datasets(name).Dataset.from_parquet(str(path)), path.parent)
-    if path.suffix == ".jsonl":
-        return RowSource(JsonLines(path), path.parent)
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        if path.suffix == ".parquet":
+            return RowSource(_datasets(name).Dataset.from_parquet(str(path)), path.parent)
+        if path.suffix == ".jsonl":
+            return RowSource(JsonLines(path), path.parent)
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # JSON or Parquet that is broken
+        raise ValueError(f"`{name}` ({str(source)!r}) cannot be read: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"`{name}` ({str(source)!r}) must hold a list of rows, not a {type(rows).__name__}.")
     return RowSource(rows, path.parent)
