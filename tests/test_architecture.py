@@ -40,7 +40,7 @@ LAYERS = [
         "lean",
         "targets",
     ],
-    ["choosing", "outputs", "drafting", "pausing", "requests", "continuation"],
+    ["choosing", "outputs", "drafting", "pausing", "requests", "continuation", "verifying"],
     ["generation", "candidate_generator", "conversion", "hub"],
 ]
 TOP = ["registration", "cli", "__main__"]  # registration hands calls to the loop, when they come

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention import TreeScope, attention_received, observe_attention, tree_scope
-from .caches import SlotLayer, Slots, slot_layers
 from .choosing import Chooser, may_remember
 from .compression import compress_text
 from .continuation import recall, remember
@@ -27,10 +27,11 @@ from .drafting import DrafterState, TargetHead, grow_tree
 from .modeling_dream import DreamDrafter
 from .outputs import DreamGenerateOutput, Recorder
 from .pausing import Pausing, Unread
-from .requests import check_cache, check_request
+from .requests import check_cache, check_request, compile_settings
 from .targets import DecoderRecord, Target, sliding_windows, unwrap
 from .texts import Ends, Stream, Texts
 from .tree import DraftTree
+from .verifying import Forwards, make_forwards
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
@@ -73,20 +74,26 @@ def dream_generate(
     check_request(model, plain_drafter, generation_config)
     check_cache(model_kwargs.get("past_key_values"))
     target = Target(model)
-    with target.recording() as record, torch.no_grad():
+    with ExitStack() as recording, torch.no_grad():
+        record = recording.enter_context(target.recording())
+        settings = compile_settings(target, plain_drafter, generation_config, synced_gpus)
+        forwards = make_forwards(target, plain_drafter.config, settings, input_ids.shape[0], record)
         decoding = _Decoding(
             target,
             plain_drafter,
             record,
+            forwards,
             input_ids,
             logits_processor,
             stopping_criteria,
             generation_config,
-            model_kwargs,
+            forwards.arguments(model_kwargs),
         )
         stream = Stream(streamer, decoding.texts)
         decoding.prefill()
         stream.send(decoding.texts, decoding.ends)
+        if settings is not None:
+            recording.close()  # compiled forwards take no hooks, and return what these would record
         with target.taking_trees(), decoding.verifying(), target.model._optimize_model_for_decode():
             while target.model._has_unfinished_sequences(decoding.is_done, synced_gpus, device=input_ids.device):
                 if decoding.is_done:
@@ -108,6 +115,7 @@ class _Decoding:
         target: Target,
         drafter: DreamDrafter,
         record: DecoderRecord,
+        forwards: Forwards,
         input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -125,8 +133,7 @@ class _Decoding:
         self.chooser = Chooser(logits_processor, generation_config.do_sample, in_step)
         self.recorder = Recorder(generation_config, batch, sliding_windows(target.text_config))
         self.cache: Cache = model_kwargs["past_key_values"]
-        self.slots = Slots([0] * batch)
-        self.layers: list[SlotLayer] = []
+        self.forwards, self.slots = forwards, forwards.slots
         self.state = DrafterState(drafter, batch)
         self.pausing = Pausing(drafter.config.pause_below)
         self.unread = Unread()
@@ -144,9 +151,9 @@ class _Decoding:
         model, kwargs = self.target.model, self.model_kwargs
         past_length = self.cache.get_seq_length()
         with self._measuring_attention(past_length) as received:
-            outputs = model._prefill(
-                self.texts.ids, self.config, kwargs, is_first_iteration=not self.config.is_assistant
-            )
+            config = copy(self.config)
+            config.compile_config = None  # it is for the forwards that follow
+            outputs = model._prefill(self.texts.ids, config, kwargs, is_first_iteration=not config.is_assistant)
         self.cache = outputs.past_key_values
         check_cache(self.cache)
         embeds, features = self.record.take()
@@ -173,8 +180,8 @@ class _Decoding:
         tree = self._draft()
         self.record.clear()  # of what processors made the target do (guidance)
         outputs = self._forward(tree)
-        _, features = self.record.take()
-        logits = outputs.logits[:, -tree.num_nodes :].to(dtype=torch.float32, device=self.texts.ids.device)
+        features = self.forwards.features(outputs)
+        logits = outputs.logits[:, : tree.num_nodes].to(dtype=torch.float32, device=self.texts.ids.device)
         verdict = self.chooser.verify(tree, logits, self.texts, is_resting)
         path, tokens = verdict.acceptance.path, verdict.acceptance.tokens
         gained = [[] if resting else row for row, resting in zip(verdict.acceptance.tolist(), is_resting, strict=True)]
@@ -189,8 +196,7 @@ class _Decoding:
         self.recorder.add_states(outputs, path, starts, kept, self.slots.lengths)
         self.recorder.add_step(kept, tree.num_nodes - 1, is_resting)
         if num_kept > 1:  # the root is where it belongs
-            for layer in self.layers:
-                layer.keep(path)
+            self.forwards.keep(path)
         self.slots.commit(kept)
         if not self.is_done or self.is_cache_kept:
             nodes = path.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
@@ -239,8 +245,7 @@ class _Decoding:
     @contextmanager
     def verifying(self) -> Iterator[None]:
         """While in the block the target's cache takes trees; after it, it is as plain decoding would have left it."""
-        with slot_layers(self.cache, self.slots) as layers:
-            self.layers = layers
+        with self.forwards.using(self.cache):
             yield
 
     # --- the parts ---
@@ -259,6 +264,7 @@ class _Decoding:
 
     def _forward(self, tree: DraftTree) -> Any:
         """Run the target over all nodes at once, each seeing the verified text and its own ancestors."""
+        tree = self.forwards.pad(tree)
         model, num_nodes = self.target.model, tree.num_nodes
         device = tree.tokens.device
         lengths = self.slots.tensor(device)
@@ -276,9 +282,7 @@ class _Decoding:
             inputs = model.prepare_inputs_for_generation(
                 tree.tokens, next_sequence_length=num_nodes, is_first_iteration=False, **kwargs
             )
-            if "logits_to_keep" in inputs:
-                inputs["logits_to_keep"] = num_nodes
-            return model(**inputs, return_dict=True)
+            return self.forwards(inputs, num_nodes)
 
     def _append(self, tokens: torch.Tensor, gained: list[list[int]]) -> list[int]:
         """Append what each row gained, the first entries of `tokens` (B, D), up to its end; returns how many it keeps."""

@@ -23,6 +23,9 @@ logger = logging.get_logger(__name__)
 
 # Families whose attention cuts a window by cache slot, outside transformers' mask functions.
 SLOT_BOUND = ("gpt_neo",)
+# Families that build their masks from a 2D one only, and cannot take those prepared for a cache of fixed size where the
+# text model has several kinds of layers (PaliGemma 2).
+MASK_BOUND = ("paligemma",)
 
 _checked_weights: WeakKeyDictionary[DreamDrafter, tuple[int, ...]] = WeakKeyDictionary()
 
@@ -101,6 +104,8 @@ def compile_settings(
     reason = missing_compiler(settings, target.model.device) or uncompilable(target.model)
     if target.rescaled_attentions:
         reason = f"`{type(target.model).__name__}` scales queries by cache slot, which needs hooks in a tree"
+    elif target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
+        reason = f"`{type(target.model).__name__}` cannot take masks that are made beforehand for several kinds of layers"
     elif target.text_config._attn_implementation == "flex_attention":
         reason = '`attn_implementation="flex_attention"` compiles by itself'
     elif generation_config.output_attentions:

@@ -10,7 +10,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from .caches import SlotLayer, Slots, slot_layers
-from .compiling import CompiledFunction, let_nodes_vary, pad_tree, padded_count
+from .compiling import Settings, compiled_function, let_nodes_vary, pad_tree, padded_count, run_model
+from .configuration_dream import DreamConfig
 from .static_caches import StaticSlots, static_layers
 from .targets import DecoderRecord, Target
 from .tree import DraftTree
@@ -67,25 +68,20 @@ class CompiledForwards(Forwards):
     Args:
         target (`Target`): The target.
         batch_size (`int`): Rows.
-        record (`DecoderRecord`): Unused: compiled forwards return the features.
-        run (`CompiledFunction`): The target's forward, compiled.
-        tree_depth, tree_size (`int`): The largest tree: levels, and drafted nodes.
+        record (`DecoderRecord`): Where the features of the prefill are recorded.
+        settings (`Settings`): How to compile.
+        config (`DreamConfig`): The largest tree: its levels, and drafted nodes.
     """
 
     slots: StaticSlots
 
     def __init__(
-        self,
-        target: Target,
-        batch_size: int,
-        record: DecoderRecord,
-        run: CompiledFunction,
-        tree_depth: int,
-        tree_size: int,
+        self, target: Target, batch_size: int, record: DecoderRecord, settings: Settings, config: DreamConfig
     ):
         super().__init__(target, batch_size, record)
-        self.run, self.tree_size = run, tree_size
-        self.slots = StaticSlots([0] * batch_size, path_size=tree_depth + 1)
+        self.run = compiled_function(target.model, run_model, settings)
+        self.tree_size = config.tree_size
+        self.slots = StaticSlots([0] * batch_size, path_size=config.tree_depth + 1)
 
     def arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         # The last hidden states are the features. The prefill returns them, too, and so installs transformers' hooks.
@@ -112,7 +108,7 @@ class CompiledForwards(Forwards):
             inputs["logits_to_keep"] = 0  # all: a number of nodes would be compiled in
         if self.is_dynamic and num_nodes > 1:
             let_nodes_vary(inputs)
-        outputs = self.run(self.target.model, inputs)
+        outputs = self.run(self.target.model, {**inputs, "return_dict": True})
         self.slots.settle()
         return outputs
 
@@ -121,3 +117,12 @@ class CompiledForwards(Forwards):
 
     def keep(self, path: torch.Tensor) -> None:
         self.slots.keep(path)
+
+
+def make_forwards(
+    target: Target, config: DreamConfig, settings: Settings | None, batch_size: int, record: DecoderRecord
+) -> Forwards:
+    """Forwards that are compiled as `settings` say, if there are any."""
+    if settings is None:
+        return Forwards(target, batch_size, record)
+    return CompiledForwards(target, batch_size, record, settings, config)
