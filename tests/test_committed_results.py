@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dream_hf.benchmark.tables import render
+from dream_hf.cli.bench import MAX_NEW_TOKENS, NUM_PROMPTS
 from dream_hf.cli.main import make_parser
 
 ROOT = Path(__file__).parents[1]
@@ -62,10 +63,10 @@ def test_the_command_is_the_one_that_was_run(name):
     assert asked == {row["method"] for row in rows} | set(results["failed_methods"])
     assert set(args.temperatures) == {row["temperature"] for row in rows}
     assert set(args.tasks) == {row["task"] for row in rows}
-    assert {args.num_prompts} == {row["num_prompts"] for row in rows}
+    assert {args.num_prompts or NUM_PROMPTS} == {row["num_prompts"] for row in rows}
     run = {
         "seed": args.seed,
-        "max_new_tokens": args.max_new_tokens,
+        "max_new_tokens": args.max_new_tokens or MAX_NEW_TOKENS,
         "num_warmup": args.warmup,
         "batch_size": args.batch_size,
     }
