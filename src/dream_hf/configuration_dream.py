@@ -55,6 +55,8 @@ class DreamConfig(PreTrainedConfig):
             How is said by `generate(..., compile_config=...)`, which also switches it on.
         draft_threads (`int`, *optional*): CPU threads that draft; by default as many as PyTorch uses. The levels of a small
             drafter are many small operations, which one thread often finishes sooner than several.
+        tuned (`dict`, *optional*): Machines that the settings above were tuned on with `dream-hf bench --tune`, by name, with
+            what was found and measured there. A note: loading a drafter elsewhere changes nothing.
         draft_vocab_size (`int`, *optional*): How many tokens may be drafted; by default the whole vocabulary. Which ones is
             saved with the weights as `draft_token_ids`; set both with [`DreamDrafter.set_draft_vocabulary`].
 
@@ -102,6 +104,7 @@ class DreamConfig(PreTrainedConfig):
     visual_keep_ratio: float | int = 0.75
     compile: bool = False
     draft_threads: int | None = None
+    tuned: dict | None = None
     draft_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):

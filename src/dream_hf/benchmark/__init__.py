@@ -4,5 +4,20 @@ from .benchmark import run_benchmark
 from .methods import METHODS, Method, make_methods
 from .runner import Settings
 from .tasks import Prompt, load_prompts
+from .tune_choice import Space
+from .tune_store import apply_tuning, save_tuned
+from .tuner import tune
 
-__all__ = ["METHODS", "Method", "Prompt", "Settings", "load_prompts", "make_methods", "run_benchmark"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Prompt",
+    "Settings",
+    "Space",
+    "apply_tuning",
+    "load_prompts",
+    "make_methods",
+    "run_benchmark",
+    "save_tuned",
+    "tune",
+]
