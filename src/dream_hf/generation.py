@@ -134,7 +134,7 @@ class _Decoding:
         self.recorder = Recorder(generation_config, batch, sliding_windows(target.text_config))
         self.cache: Cache = model_kwargs["past_key_values"]
         self.forwards, self.slots = forwards, forwards.slots
-        self.state = DrafterState(drafter, batch)
+        self.state = DrafterState(drafter, batch, forwards.settings)
         self.pausing = Pausing(drafter.config.pause_below)
         self.unread = Unread()
         draft_logits = target.draft_logits(drafter)

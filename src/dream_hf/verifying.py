@@ -27,6 +27,7 @@ class Forwards:
     """
 
     layers: list[SlotLayer]
+    settings: Settings | None = None  # how they are compiled, if they are
 
     def __init__(self, target: Target, batch_size: int, record: DecoderRecord):
         self.target, self.record = target, record
@@ -79,6 +80,7 @@ class CompiledForwards(Forwards):
         self, target: Target, batch_size: int, record: DecoderRecord, settings: Settings, config: DreamConfig
     ):
         super().__init__(target, batch_size, record)
+        self.settings = settings
         self.run = compiled_function(target.model, run_model, settings)
         self.tree_size = config.tree_size
         self.slots = StaticSlots([0] * batch_size, path_size=config.tree_depth + 1)
