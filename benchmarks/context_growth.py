@@ -159,9 +159,10 @@ def sampling(samples: list[Figures], every: int) -> Iterator[None]:
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python holds, each storage once."""
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and not thing.is_meta]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    """Bytes of all tensors that Python holds, each storage once; tensors without memory of their own are of other types."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    held = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
 def buffer_bytes(cache: Any) -> int:

@@ -52,9 +52,9 @@ def describe_source(device: torch.device) -> dict[str, Any]:
     """Machine and versions."""
     return {
         "machine": describe_machine(device),
+        "revision": _revision(),
         "versions": {
             "dream_hf": __version__,
-            "revision": _revision(),
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers")},
         },
