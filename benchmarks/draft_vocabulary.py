@@ -81,8 +81,9 @@ def likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def random_head(dtype: torch.dtype, options: argparse.Namespace) -> nn.Linear:
-    head = nn.Linear(options.width, options.vocab_size, bias=False, device=options.device, dtype=dtype)
-    return head.requires_grad_(False)
+    with torch.device("meta"):
+        head = nn.Linear(options.width, options.vocab_size, bias=False, dtype=dtype).requires_grad_(False)
+    return fill(head.to_empty(device=options.device))
 
 
 def random_drafter(dtype: torch.dtype, options: argparse.Namespace) -> Any:
@@ -94,12 +95,19 @@ def random_drafter(dtype: torch.dtype, options: argparse.Namespace) -> Any:
         num_key_value_heads=options.key_value_heads,
         head_dim=options.head_dim,
     )
-    torch.set_default_dtype(dtype)
-    with torch.device(options.device):
-        drafter: Any = DreamDrafter(config)
-    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        drafter: Any = DreamDrafter(config).to(dtype)
+    drafter = fill(drafter.to_empty(device=options.device))
     drafter.set_draft_vocabulary(torch.randperm(options.vocab_size)[: options.rows])
     return drafter.eval()
+
+
+def fill(module: Any) -> Any:
+    """Give a module random weights; a short row of random numbers, repeated, takes no time to make."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        numbers = (torch.rand(min(tensor.numel(), 65_521), device=tensor.device) - 0.5) / 32.0
+        tensor.copy_(numbers.repeat(-(-tensor.numel() // len(numbers)))[: tensor.numel()].view(tensor.shape))
+    return module
 
 
 def time_in_turns(parts: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, float]:
