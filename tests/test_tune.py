@@ -178,7 +178,7 @@ def test_noise_does_not_make_more_cost_less():
     by_level = {Shape(2, 1, 2): 3.0, Shape(10, 1, 10): 2.0, Shape(2, 2, 6): 3.0, Shape(10, 2, 10): 2.5}
     found = fit_costs(4.0, by_level, {Shape(2, 2, 1): 3.0, Shape(2, 2, 4): 2.0, Shape(2, 2, 6): 5.0})
     assert found.base == 4.0 and found.level == {1: 0.0, 2: 0.0}
-    assert found.nodes == [(1, 0.0), (4, 0.0), (6, 2.0)]
+    assert found.nodes == [(1, 0.0), (4, 0.0), (6, 2.5)]  # the first two share their mean
 
 
 @pytest.mark.parametrize("drafting", [None, {"tree_depth": 2, "tree_top_k": 2, "tree_size": 4}])
@@ -218,7 +218,13 @@ def test_generate_does_what_traces_foretell(temperature):
     traces = trace_answer(target, drafter, inputs, temperature, 64, space)
     assert drafter.config.to_dict() == before
     shapes = [Shape(6, 1, 6), Shape(6, 3, 32), Shape(3, 2, 4), Shape(6, 2, 8), Shape(1, 3, 2), Shape(6, 3, 4)]
-    shapes += [Shape(6, 3, 32, 0.3), Shape(6, 2, 8, 0.0, 0.2), Shape(5, 3, 8, 0.2, 0.1)]
+    shapes += [
+        Shape(6, 3, 32, 0.3),
+        Shape(6, 2, 8, 0.7),
+        Shape(6, 3, 32, 0.9),
+        Shape(6, 2, 8, 0.0, 0.2),
+        Shape(5, 3, 8, 0.2, 0.1),
+    ]
     planted = StepCosts(1.0, 1.0, dict.fromkeys(space.top_ks, 0.1), [(1, 0.0), (64, 0.1)])
     found = {shape: forecast(shape, {k: [t] for k, t in traces.items()}, planted).gains for shape in shapes}
     assert len({str(each) for each in found.values()}) > 3

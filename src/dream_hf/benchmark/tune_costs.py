@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -135,14 +135,14 @@ def fit_costs(
     More never costs less, and no step costs less than a plain one: what says so is noise, and smoothed away.
     """
     sizes = sorted((shape.tree_size, seconds) for shape, seconds in by_size.items())
-    rising = np.maximum.accumulate([seconds for _, seconds in sizes])
-    nodes = [(size, float(value - rising[0])) for (size, _), value in zip(sizes, rising, strict=True)]
+    rising = _rising([seconds for _, seconds in sizes])
+    nodes = [(size, value - rising[0]) for (size, _), value in zip(sizes, rising, strict=True)]
     drafting: dict[int, list[tuple[int, float]]] = {}  # by top-k: levels, and seconds without those of the nodes
     for shape, seconds in by_level.items():
         bare = seconds - float(np.interp(shape.tree_size, [size for size, _ in nodes], [added for _, added in nodes]))
         drafting.setdefault(shape.tree_top_k, []).append((shape.tree_depth, bare))
     slopes = {top_k: _slope(points) for top_k, points in sorted(drafting.items())}
-    level = dict(zip(slopes, np.maximum.accumulate(list(slopes.values())).tolist(), strict=True))
+    level = dict(zip(slopes, _rising(list(slopes.values())), strict=True))
     rest = [bare - level[top_k] * (depth - 1) for top_k, points in drafting.items() for depth, bare in points]
     return StepCosts(plain, max(median(rest), plain), level, nodes, max(level_check, 0.0), max(node_check, 0.0))
 
@@ -151,3 +151,13 @@ def _slope(points: Sequence[tuple[int, float]]) -> float:
     """Seconds per level between the lowest and the deepest tree."""
     (low, few), (high, many) = min(points), max(points)
     return max((many - few) / (high - low), 0.0) if high > low else 0.0
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The nearest numbers that never fall: neighbours in the wrong order get their mean."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and mean(pools[-2]) > mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [mean(pool) for pool in pools for _ in pool]
