@@ -80,6 +80,8 @@ def replay_decoding(
 ) -> list[list[int]]:
     """Decode every answer of a batch anew, greedily, the answer standing in for the target.
 
+    Every step is drafted: pauses (`pause_below`) are about speed, not about the drafter.
+
     Args:
         drafter (`DreamDrafter`): The drafter, with the tree of its config.
         head (`TargetHead`): The target's embedding and head.
