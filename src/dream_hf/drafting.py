@@ -141,6 +141,10 @@ class DrafterState:
         self.tokens.extend(num_beams)
         self.features.extend(num_beams)
 
+    def limit(self, num_tokens: int | None) -> None:
+        """Let buffers have no more room than for this many tokens in a row, beams included."""
+        self.tokens.limit = self.features.limit = num_tokens
+
     def forget_beams(self) -> None:
         """Take the tentative slots back."""
         self.tokens.rollback()

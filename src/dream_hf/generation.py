@@ -137,6 +137,7 @@ class _Decoding:
         self.state = DrafterState(drafter, batch, forwards.settings)
         self.pausing = Pausing(drafter.config.pause_below)
         self.unread = Unread()
+        self.longest_text: int | None = None  # slots of the prompt and of all tokens that may follow it, if it is known
         draft_logits = target.draft_logits(drafter)
         self.head = TargetHead(
             embed=lambda token_ids: target.embed(token_ids.to(self.embed_device)),
@@ -314,8 +315,8 @@ class _Decoding:
         self.root_positions = None if positions is None else positions[..., -1:] + 1
         self.prompt_slots = self.slots.longest
         if self.ends.max_length is not None:  # never more slots than the longest text and a tree need
-            new_tokens = self.ends.max_length - self.texts.prompt_length
-            self.slots.limit = self.prompt_slots + new_tokens + self.drafter.config.tree_size + 1
+            self.longest_text = self.prompt_slots + self.ends.max_length - self.texts.prompt_length
+            self.slots.limit = self.longest_text + self.drafter.config.tree_size + 1
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:  # new tokens are text
                 kwargs[name] = torch.zeros_like(kwargs[name][:, :1])
@@ -377,6 +378,9 @@ class _Decoding:
         positions = torch.nn.functional.pad(text.positions, (0, 1))
         positions.scatter_(1, behind, real.sum(-1, keepdim=True))
         kept_features = torch.cat([features[:, : unread.start], text.features], dim=1)
+        if self.longest_text is not None:
+            config = self.drafter.config
+            self.state.limit(self.longest_text + config.tree_depth * config.tree_top_k + 1)
         self.state.read(kept_embeds, kept_features, positions, (text.counts + 1).tolist())
 
     def _continue_last_turn(self, prompt_ids: torch.Tensor, num_tokens: int) -> bool:
