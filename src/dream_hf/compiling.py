@@ -89,7 +89,7 @@ class CompiledFunction:
                 return self.compiled(*args)
             except compiler_errors() as error:
                 self.is_broken = True
-                reason = str(error).strip().split("\n", maxsplit=1)[0]
+                reason = " ".join(str(error).split("\n")[:2])
                 logger.warning(f"Decoding goes on uncompiled: {type(error).__name__}: {reason}")
         return self.function(*args)
 

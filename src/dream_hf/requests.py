@@ -105,7 +105,9 @@ def compile_settings(
     if target.rescaled_attentions:
         reason = f"`{type(target.model).__name__}` scales queries by cache slot, which needs hooks in a tree"
     elif target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
-        reason = f"`{type(target.model).__name__}` cannot take masks that are made beforehand for several kinds of layers"
+        reason = (
+            f"`{type(target.model).__name__}` cannot take masks that are made beforehand for several kinds of layers"
+        )
     elif target.text_config._attn_implementation == "flex_attention":
         reason = '`attn_implementation="flex_attention"` compiles by itself'
     elif generation_config.output_attentions:

@@ -64,8 +64,15 @@ class StaticSlots(Slots):
         for pointers in self._pointers.values():
             pointers.starts.add_(num_slots)
 
+    def commit(self, counts: Sequence[int]) -> None:
+        """Verify the first `counts` tentative slots of each row and take the others back."""
+        self.rollback()
+        super().commit(counts)
+
     def rollback(self) -> None:
         """Take all tentative slots back."""
+        if not self.tentative:
+            return
         super().rollback()
         for device, pointers in self._pointers.items():
             pointers.starts.copy_(self.tensor(device))
@@ -177,8 +184,9 @@ class StaticSlotLayer(SlotLayer):
 
     def _buffer(self, states: torch.Tensor, capacity: int) -> torch.Tensor:
         buffer = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
-        filled = min(states.shape[2], self.slots.end - self.dropped)
-        buffer[:, :, :filled] = states[:, :, :filled]
+        buffer[:, :, : states.shape[2]] = (
+            states  # with what is still to be moved, which lies behind the verified slots
+        )
         if self.is_dynamic:
             torch._dynamo.maybe_mark_dynamic(buffer, 2)
         elif buffer.device.type != "cpu":  # a graph of device calls writes to addresses, not to tensors

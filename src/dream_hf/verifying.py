@@ -110,7 +110,8 @@ class CompiledForwards(Forwards):
             inputs["logits_to_keep"] = 0  # all: a number of nodes would be compiled in
         if self.is_dynamic and num_nodes > 1:
             let_nodes_vary(inputs)
-        outputs = self.run(self.target.model, {**inputs, "return_dict": True})
+        run = self.run if num_nodes <= self.tree_size + 1 else self.run.function  # an odd shape is not worth a graph
+        outputs = run(self.target.model, {**inputs, "return_dict": True})
         self.slots.settle()
         return outputs
 

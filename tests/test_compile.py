@@ -1,0 +1,296 @@
+"""Compiled decoding: the same tokens as eager decoding, one graph for all steps, and an eager path where none can be had."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from families import FAMILIES, family
+from lossless import CHAIN, SMALL_TREE, assert_same_tokens, gains, generate, oracle, stop_tokens, untrained
+from torch import nn
+from transformers import CompileConfig, DynamicCache
+
+from dream_hf import compiling
+from dream_hf.caches import SlotLayer, Slots
+from dream_hf.compiling import Settings, compiled_function, pad_tree, padded_count
+from dream_hf.static_caches import BUCKET, StaticSlotLayer, StaticSlots, static_layers
+from dream_hf.tree import DraftTree
+
+# Traces everything into one graph, as for a real compiler, and runs that as it is: quick, and exact to the last bit or so.
+TRACED = CompileConfig(backend="eager", fullgraph=True)
+NUM_NEW = 40
+UNCOMPILED = {"llama4": "scales queries", "paligemma2": "cannot take masks"}
+OWN_KINDS = ["llama", "gemma3", "qwen2_vl"]  # plain positions, sliding windows, M-RoPE
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Nothing is compiled yet."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is warned of, line by line."""
+    lines: list[str] = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(logging.Logger, name, lambda self, text, *args: lines.append(str(text)))
+    return lines
+
+
+def compiled_of(model) -> list[compiling.CompiledFunction]:
+    return list(compiling._compiled.get(model, {}).values())
+
+
+# --- the same tokens ---
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_family(family, warnings):
+    target = family.make_target()
+    inputs = family.make_inputs(target, 3, text_len=40)
+    expected = generate(target, inputs, max_new_tokens=NUM_NEW)
+    drafter, _ = oracle(target, inputs, expected.sequences)
+    out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    assert_same_tokens(expected, out)
+    assert max(gain for row in gains(out) for gain in row) > 3  # paths that had to be moved
+    if reason := UNCOMPILED.get(family.name):
+        assert not compiled_of(target) and any(reason in line for line in warnings)
+    else:
+        assert [each.is_broken for each in compiled_of(target)] == [False], warnings
+
+
+@pytest.mark.parametrize("shape", [CHAIN, SMALL_TREE, {"tree_size": 60}], ids=str)
+@pytest.mark.parametrize("name", OWN_KINDS)
+def test_shapes_of_trees(name, shape):
+    target = family(name).make_target(attn_implementation="eager")
+    inputs = family(name).make_inputs(target, 1, text_len=40)
+    expected = generate(target, inputs, max_new_tokens=NUM_NEW)
+    for drafter in (oracle(target, inputs, expected.sequences, **shape)[0], untrained(target, **shape)):
+        out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+        assert_same_tokens(expected, out)
+    assert [each.is_broken for each in compiled_of(target)] == [False]
+
+
+@pytest.mark.parametrize("name", OWN_KINDS)
+def test_sampling_draws_what_eager_decoding_draws(name):
+    target = family(name).make_target()
+    inputs = family(name).make_inputs(target, 2)
+    drafter = untrained(target, **SMALL_TREE)
+    outs = []
+    for config in (None, TRACED):
+        torch.manual_seed(7)
+        settings = {"do_sample": True, "top_k": 20, "temperature": 0.9, "compile_config": config}
+        outs.append(generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, **settings))
+    assert_same_tokens(*outs)
+    assert torch.equal(outs[0].accepted_lengths, outs[1].accepted_lengths)
+
+
+@pytest.mark.parametrize("name", OWN_KINDS)
+def test_the_cache_and_the_states_that_are_returned(name):
+    """Rows end at different times, so that some read padding; what is left of the buffers is an ordinary cache."""
+    target = family(name).make_target()
+    inputs = family(name).make_inputs(target, 3, text_len=24)
+    drafter, _ = oracle(target, inputs, generate(target, inputs).sequences)
+    stops = {"eos_token_id": stop_tokens(generate(target, inputs).sequences), "output_hidden_states": True}
+    plain, eager, out = (
+        generate(target, inputs, **stops, **extra)
+        for extra in ({}, {"assistant_model": drafter}, {"assistant_model": drafter, "compile_config": TRACED})
+    )
+    assert_same_tokens(plain, out)
+    assert type(out.past_key_values) is DynamicCache
+    for ours, theirs in zip(out.past_key_values.layers, eager.past_key_values.layers, strict=True):
+        assert type(ours) is type(theirs)
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=1e-4)
+    for ours, theirs in zip(out.hidden_states, eager.hidden_states, strict=True):
+        torch.testing.assert_close(ours[-1], theirs[-1], rtol=0, atol=1e-4)
+
+
+def test_inductor():
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target)
+    expected = generate(target, inputs)
+    drafter, _ = oracle(target, inputs, expected.sequences)
+    drafter.config.compile = True
+    out = generate(target, inputs, assistant_model=drafter)
+    assert_same_tokens(expected, out)
+    (function,) = compiled_of(target)
+    assert not function.is_broken and function.settings == Settings()
+
+
+# --- one graph ---
+
+
+@pytest.mark.parametrize("name", OWN_KINDS)
+def test_nothing_is_compiled_anew(name):
+    """Not from step to step, nor for other prompts, lengths, capacities and numbers of nodes."""
+    target = family(name).make_target()
+    drafter = untrained(target, **SMALL_TREE)
+    settings = {"assistant_model": drafter, "compile_config": TRACED}
+    generate(target, family(name).make_inputs(target, text_len=12), max_new_tokens=6, **settings)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for text_len, num_new, node_probability in ((30, 20, 0.0), (300, 80, 0.0), (20, 20, 0.3)):
+            drafter.config.tree_min_node_probability = node_probability
+            inputs = family(name).make_inputs(target, text_len=text_len)
+            expected = generate(target, inputs, max_new_tokens=num_new)
+            assert_same_tokens(expected, generate(target, inputs, max_new_tokens=num_new, **settings))
+    assert [each.is_broken for each in compiled_of(target)] == [False]
+
+
+def test_compiled_functions_are_kept_for_as_long_as_their_model_lives():
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target)
+    drafter = untrained(target, **SMALL_TREE)
+    for _ in range(2):
+        generate(target, inputs, assistant_model=drafter, max_new_tokens=6, compile_config=copy.copy(TRACED))
+    assert len(compiled_of(target)) == 1
+    generate(target, inputs, assistant_model=drafter, max_new_tokens=6, compile_config=CompileConfig(backend="eager"))
+    assert len(compiled_of(target)) == 2
+    ghost = weakref.ref(target)
+    del target, drafter
+    gc.collect()
+    assert ghost() is None
+
+
+# --- where nothing can be compiled ---
+
+
+def decode(name, attention="sdpa", **settings):
+    target = family(name).make_target(attn_implementation=attention)
+    inputs = family(name).make_inputs(target)
+    expected = generate(target, inputs, max_new_tokens=NUM_NEW)
+    drafter, _ = oracle(target, inputs, expected.sequences)
+    assert_same_tokens(expected, generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, **settings))
+    return target
+
+
+def test_without_a_compiler(monkeypatch, warnings):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def find():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find)
+    target = decode("llama", compile_config=CompileConfig())
+    assert not compiled_of(target)
+    assert [line for line in warnings if "uncompiled: no C++ compiler was found" in line]
+
+
+def test_a_compiler_that_fails(warnings):
+    def fail(graph, examples):
+        raise RuntimeError("this compiler is out of order")
+
+    target = decode("llama", compile_config=CompileConfig(backend=fail, fullgraph=True))
+    assert [each.is_broken for each in compiled_of(target)] == [True]
+    assert len([line for line in warnings if "uncompiled" in line and "out of order" in line]) == 1
+
+
+def test_a_device_error_is_no_reason_to_go_on(monkeypatch):
+    def make(graph, examples):
+        def run(*args):
+            raise RuntimeError("out of memory")
+
+        return run
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decode("llama", compile_config=CompileConfig(backend=make, fullgraph=True))
+
+
+def test_requests_that_stay_eager(warnings):
+    target = decode("llama", "eager", compile_config=TRACED, output_attentions=True)
+    assert not compiled_of(target) and any("output_attentions" in line for line in warnings)
+    target = decode("llama", compile_config=TRACED, disable_compile=True)
+    assert not compiled_of(target)
+
+
+# --- the parts ---
+
+
+def some(batch, num_tokens, seed):
+    return torch.randn(batch, 2, num_tokens, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 9, 7]], ids=str)
+def test_static_layers_hold_what_slot_layers_hold(lengths):
+    batch = len(lengths)
+    slots, static = Slots([0] * batch), StaticSlots([0] * batch, path_size=4)
+    ours, theirs = StaticSlotLayer(static), SlotLayer(slots)
+    for step, num_new in enumerate((max(lengths), 6, 300, 6)):
+        states = some(batch, num_new, step)
+        ours.lazy_initialization(states, states) if not ours.is_initialized else None
+        ours.reserve(num_new)
+        for layer in (ours, theirs):
+            layer.update(states, 2 * states)
+        static.settle()
+        counts = lengths if step == 0 else [2 + row for row in range(batch)]
+        if step:
+            path = torch.tensor([0, 2, 3, 5])[None, : max(counts)].expand(batch, -1)
+            static.keep(path)
+            theirs.keep(path)
+        slots.commit(counts)
+        static.commit(counts)
+    ours.move()
+    assert ours.keys.shape[2] % BUCKET == 0
+    for row, length in enumerate(slots.lengths):
+        assert torch.equal(ours.keys[row, :, :length], theirs.keys[row, :, :length])
+        assert torch.equal(ours.values[row, :, :length], theirs.values[row, :, :length])
+
+
+def test_tentative_slots_of_levels():
+    """A level is written behind the one before, and taking them back starts over."""
+    slots = StaticSlots([3])
+    layer = StaticSlotLayer(slots)
+    levels = [some(1, 2, seed) for seed in range(2)]
+    layer.lazy_initialization(levels[0], levels[0])
+    for states in levels:
+        layer.update(states, states)
+        slots.extend(2)
+    assert torch.equal(layer.keys[:, :, 3:7], torch.cat(levels, dim=2))
+    slots.rollback()
+    layer.update(levels[1], levels[1])
+    assert torch.equal(layer.keys[:, :, 3:7], torch.cat([levels[1], levels[1]], dim=2))
+
+
+def test_a_cache_gets_its_layers_back_when_something_fails():
+    cache = DynamicCache()
+    states = some(1, 5, 0)
+    cache.update(states, states, 0)
+    slots = StaticSlots([5], path_size=3)
+    before = list(cache.layers)
+    with pytest.raises(KeyError), static_layers(cache, slots, 8):
+        assert cache.is_compileable and type(cache.layers[0]) is StaticSlotLayer
+        raise KeyError
+    assert cache.layers == before and torch.equal(cache.layers[0].keys, states)
+
+
+def test_padded_trees():
+    tree = DraftTree.from_parents(torch.tensor([[7, 8, 9]]), torch.tensor([[0, 0, 1]]), 2)
+    padded = pad_tree(tree, 5)
+    assert padded.tokens.tolist() == [[7, 8, 9, 7, 7]] and padded.depths.tolist() == [[0, 1, 2, 0, 0]]
+    assert torch.equal(padded.ancestors[:, :3, :3], tree.ancestors)
+    assert not padded.ancestors[:, :3, 3:].any() and not padded.ancestors[:, 3:, :3].any()
+    assert torch.equal(padded.ancestors[0, 3:, 3:], torch.eye(2, dtype=torch.bool))
+    assert pad_tree(tree, 3) is tree
+
+
+def test_numbers_of_nodes():
+    cpu, other = torch.device("cpu"), torch.device("cuda")
+    assert [padded_count(n, 32, cpu) for n in (1, 2, 9, 10, 33, 34)] == [1, 9, 9, 17, 33, 41]
+    assert [padded_count(n, 6, cpu) for n in (2, 7)] == [7, 7]
+    assert [padded_count(n, 32, other) for n in (1, 20, 33)] == [33] * 3
+
+
+def test_settings():
+    settings = Settings.from_config(CompileConfig(mode="max-autotune", fullgraph=True))
+    assert settings.arguments().items() >= {"mode": "max-autotune", "fullgraph": True, "backend": "inductor"}.items()
+    with_options = Settings.from_config(CompileConfig(options={"max_autotune": True}))
+    assert with_options.arguments()["options"] == {"max_autotune": True} and "mode" not in with_options.arguments()
+    model = nn.Linear(2, 2)
+    assert compiled_function(model, torch.neg, settings) is compiled_function(model, torch.neg, copy.copy(settings))
+    assert compiled_function(model, torch.neg, settings) is not compiled_function(model, torch.neg, with_options)
