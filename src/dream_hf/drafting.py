@@ -122,15 +122,15 @@ class DrafterState:
         self.extend(embeds.shape[1])
         return hidden
 
-    def next_level(self, head: TargetHead, beams: Beams, depth: int) -> Level:
-        """Run the beams at a depth, tentatively, and find their children."""
+    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+        """Run the beams at a depth, tentatively, and find `top_k` children of each."""
         like = beams.features
         if self.compiled is None:
             embeds = head.embed(beams.tokens).to(like.device, like.dtype)
-            return _next_level(head, beams, self.beams(embeds, like, beams.sees, depth))
+            return _next_level(head, beams, self.beams(embeds, like, beams.sees, depth), top_k)
         num_beams = beams.tokens.shape[1]
         num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
-        level = self.compiled(self.lean, self.cache, head, beams, self.angles_of(depth, like), num_columns)
+        level = self.compiled(self.lean, self.cache, head, beams, self.angles_of(depth, like), num_columns, top_k)
         self.extend(num_beams)
         if like.device.type == "cpu":
             return level
@@ -196,6 +196,10 @@ class Beams(NamedTuple):
     own: torch.Tensor  # (B, k, 1), the token slots they are written to
     sees: torch.Tensor  # (B, k, columns), the verified tokens, their ancestors and themselves
 
+    def first(self, num_beams: int) -> Beams:
+        """The best of them."""
+        return self if num_beams == self.tokens.shape[1] else Beams(*(part[:, :num_beams] for part in self))
+
 
 class Level(NamedTuple):
     """All expanded nodes of a level, n of them in each row, and the best of them."""
@@ -217,11 +221,11 @@ def _first_level(state: DrafterState, head: TargetHead, config: DreamConfig) -> 
     return _choose(tokens, scores, state.root_features, verified[:, None], own)
 
 
-def _next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor) -> Level:
-    """The children of `beams`, whose features are `hidden` (B, k, H)."""
-    top_k = beams.tokens.shape[1]
-    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, k) each
-    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + top_k)
+def _next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> Level:
+    """The children of `beams`, whose features are `hidden` (B, k, H), `top_k` of each."""
+    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, top_k) each
+    own = beams.own[:, -1:] + torch.arange(1, top_k + 1, device=hidden.device)[:, None]
+    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, own)
 
 
 def _choose(
@@ -242,12 +246,18 @@ def _choose(
 
 
 def _lean_level(
-    lean: LeanDrafter, cache: Cache, head: TargetHead, beams: Beams, angles: Angles, num_columns: tuple[int, int]
+    lean: LeanDrafter,
+    cache: Cache,
+    head: TargetHead,
+    beams: Beams,
+    angles: Angles,
+    num_columns: tuple[int, int],
+    top_k: int,
 ) -> Level:
     """A whole level as one function of tensors, to be compiled: the beams go in, their children and the next beams come out."""
     embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
     masks = DraftMasks(beams.sees[..., : num_columns[0]], beams.sees[..., 1 : 1 + num_columns[1]])
-    return _next_level(head, beams, lean(embeds, beams.features, masks, angles, cache))
+    return _next_level(head, beams, lean(embeds, beams.features, masks, angles, cache), top_k)
 
 
 @dataclass
@@ -293,11 +303,11 @@ def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig) -
     level = _first_level(state, head, config)
     found.add(level.tokens, level.scores, torch.full_like(level.tokens, -1))
     for depth in range(1, config.tree_depth):
-        beams = level.beams
-        if config.tree_min_level_probability and _promise(beams.scores) < config.tree_min_level_probability:
+        num_beams = _num_promising(level.beams.scores, config)
+        if not num_beams:
             break
-        parents = (found.num_above + level.chosen).repeat_interleave(top_k, dim=1)
-        level = state.next_level(head, beams, depth)
+        parents = (found.num_above + level.chosen[:, :num_beams]).repeat_interleave(top_k, dim=1)
+        level = state.next_level(head, level.beams.first(num_beams), depth, top_k)
         found.add(level.tokens, level.scores, parents)
     state.forget_beams()
     return found
@@ -335,9 +345,18 @@ def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.T
     )
 
 
-def _promise(beam_scores: torch.Tensor) -> float:
-    """Probability that the target reaches one of a row's beams, by the drafter's estimate, in the best row."""
-    return float(beam_scores.exp().sum(-1).max())
+def _num_promising(beam_scores: torch.Tensor, config: DreamConfig) -> int:
+    """How many of the beams (B, k), best first, to expand by the thresholds of the config.
+
+    None where a level is reached too rarely. Of the beams, those that some row would leave out together with all that
+    is below them need no expanding.
+    """
+    if not config.tree_min_level_probability and not config.tree_min_node_probability:
+        return beam_scores.shape[1]
+    rows = [[math.exp(score) for score in row] for row in beam_scores.tolist()]
+    if max(sum(row) for row in rows) < config.tree_min_level_probability:
+        return 0
+    return max(sum(value >= config.tree_min_node_probability for value in row) for row in rows)
 
 
 def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
