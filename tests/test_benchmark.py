@@ -20,6 +20,7 @@ from dream_hf.benchmark import METHODS, Settings, load_prompts, make_methods, ru
 from dream_hf.benchmark import phases as phases_module
 from dream_hf.benchmark import runner as runner_module
 from dream_hf.benchmark.measure import Measurement, measure
+from dream_hf.benchmark.methods import COMPILED_METHODS
 from dream_hf.benchmark.phases import FUNCTIONS, PHASES, clocked, find_function, profile_steps
 from dream_hf.benchmark.public_sets import PUBLIC_SETS, with_choices
 from dream_hf.benchmark.shares import OwnerClock, time_shares, watching
@@ -171,6 +172,21 @@ def test_methods_set_the_drafter_up_and_back(target, drafter):
         assert (arguments["temperature"], arguments["top_k"], arguments["top_p"]) == (1.0, 0, 1.0)
     assert drafter.config.to_dict() == before
     assert target.config.image_token_id in methods["prompt_lookup"].arguments["suppress_tokens"]
+    with methods["dream_tree_compiled"].ready(target, inputs, 0.0, 10):
+        assert drafter.config.compile is True
+    assert drafter.config.compile is False
+
+
+def test_plain_decoding_is_compiled_on_this_device(target):
+    (_, method) = make_methods(["plain_compiled"], target)
+    config = method.arguments["compile_config"]
+    config.backend = "eager"  # the quickest of compilers
+    inputs = encoded(prompts()[0])
+    with torch._dynamo.config.patch(recompile_limit=64), method.ready(target, inputs, 0.0, 6) as arguments:
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        out = target.generate(**inputs, **arguments)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert torch.equal(out, target.generate(**inputs, do_sample=False, max_new_tokens=6))
 
 
 def test_a_blind_drafter_is_not_shown_the_picture(target, drafter):
@@ -223,7 +239,8 @@ def test_tree_shapes_and_ratios_are_checked_at_once(target, drafter):
 
 
 def test_all_methods_side_by_side(target, drafter, tmp_path):
-    methods = make_methods(METHODS, target, drafter, tiny_target(2.6), [(2, 2, 4)], [1.0], True)
+    names = [name for name in METHODS if name not in COMPILED_METHODS]
+    methods = make_methods(names, target, drafter, tiny_target(2.6), [(2, 2, 4)], [1.0], True)
     asked = [*prompts(2), *load_prompts("chart", 1)]
     results = run(target, methods, tmp_path, SETTINGS, asked, with_plots=True, num_share_prompts=1)
     assert json.loads((tmp_path / "results.json").read_text()) == results

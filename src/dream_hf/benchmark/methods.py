@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers.generation.configuration_utils import CompileConfig
 
 from ..configuration_dream import DreamConfig
 from ..modeling_dream import DreamDrafter
 from ..targets import VISUAL_TOKEN_IDS, Target, unwrap
 
-METHODS = ("plain", "plain_static", "prompt_lookup", "assisted", "dream_chain", "dream_tree")
+COMPILED_METHODS = ("plain_compiled", "dream_tree_compiled")
+METHODS = ("plain", "plain_static", "prompt_lookup", "assisted", "dream_chain", "dream_tree", *COMPILED_METHODS)
 PROMPT_LOOKUP_TOKENS = 10
 BLIND = "dream_tree blind"
 Tree = tuple[int, int, int]  # depth, top_k, size
@@ -129,8 +131,9 @@ def make_methods(
 
 
 def _make(name: str, target: Any, drafter: DreamDrafter | None, assistant: Any) -> Method:
-    if name == "plain_static":
-        return Method(name, {"cache_implementation": "static"})
+    if name in ("plain_static", "plain_compiled"):
+        compiling = {"compile_config": _compile_config()} if name == "plain_compiled" else {}
+        return Method(name, {"cache_implementation": "static", **compiling})
     if name == "prompt_lookup":
         # It copies from the prompt, image placeholders included, which end in an error unless they are suppressed.
         suppressed = [*(target.generation_config.suppress_tokens or []), *_visual_token_ids(target)]
@@ -140,8 +143,17 @@ def _make(name: str, target: Any, drafter: DreamDrafter | None, assistant: Any) 
     if name.startswith("dream"):
         assert drafter is not None  # checked by the caller
         depth = drafter.config.tree_depth
+        if name == "dream_tree_compiled":
+            return _tree(drafter, name, {"compile": True})
         return _tree(drafter, name, _shape(drafter.config, depth, 1, depth) if name == "dream_chain" else {})
     return Method(name)
+
+
+def _compile_config() -> CompileConfig:
+    """The default, on CPUs too, where transformers does not compile unless told so by a private attribute."""
+    config = CompileConfig()
+    config._compile_all_devices = True  # type: ignore[assignment]
+    return config
 
 
 def _visual_token_ids(target: Any) -> list[int]:
