@@ -7,6 +7,7 @@ import gc
 import logging
 import weakref
 
+import peft
 import pytest
 import torch
 from families import FAMILIES, family
@@ -140,6 +141,41 @@ def test_nothing_is_compiled_anew(name):
             expected = generate(target, inputs, max_new_tokens=num_new)
             assert_same_tokens(expected, generate(target, inputs, max_new_tokens=num_new, **settings))
     assert [each.is_broken for each in compiled_of(target)] == [False]
+
+
+def test_what_changes_between_calls_is_seen():
+    """Weights, hooks and adapters."""
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target)
+    drafter = untrained(target, **SMALL_TREE)
+    seen = []
+
+    def agrees():
+        plain = generate(target, inputs, max_new_tokens=NUM_NEW)
+        out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+        assert_same_tokens(plain, out)
+        assert not any(each.is_broken for each in compiled_of(target))
+        seen.append(plain.sequences.tolist())
+
+    agrees()
+    layer = target.model.layers[1]
+    with torch.no_grad():
+        layer.mlp.up_proj.weight.neg_()
+    agrees()
+    handle = layer.mlp.register_forward_hook(lambda _, __, output: 3 * output)
+    agrees()
+    handle.remove()
+    agrees()
+    assert seen[3] == seen[1]
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target.add_adapter(config)
+    agrees()
+    target.disable_adapters()
+    agrees()
+    assert seen[5] == seen[1]
+    assert len({str(each) for each in seen}) == 4
 
 
 def test_compiled_functions_are_kept_for_as_long_as_their_model_lives():

@@ -105,12 +105,26 @@ _compiled: WeakKeyDictionary[nn.Module, dict[Any, CompiledFunction]] = WeakKeyDi
 
 
 def compiled_function(model: nn.Module, function: Callable, settings: Settings) -> CompiledFunction:
-    """`function` compiled for a model, the same one at every call. It must not refer to the model, only take it."""
+    """`function` compiled for a model, the same one at every call. It must not refer to the model, only take it.
+
+    Compiled code looks at a module's weights and attributes before it runs, but not at its hooks: a model with other hooks
+    gets another compiled function.
+    """
     functions = _compiled.setdefault(model, {})
-    key = (function, settings.backend, repr(settings))
+    key = (function, settings.backend, repr(settings), _hooks_of(model))
     if key not in functions:
         functions[key] = CompiledFunction(function, settings)
     return functions[key]
+
+
+def _hooks_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Which modules have which hooks around their forward, by their ids."""
+    return tuple(
+        (id(module), hook)
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks
+    )
 
 
 def chosen_settings(is_wanted: bool, config: CompileConfig | None) -> Settings | None:

@@ -75,13 +75,13 @@ class CompiledForwards(Forwards):
     """
 
     slots: StaticSlots
+    settings: Settings
 
     def __init__(
         self, target: Target, batch_size: int, record: DecoderRecord, settings: Settings, config: DreamConfig
     ):
         super().__init__(target, batch_size, record)
         self.settings = settings
-        self.run = compiled_function(target.model, run_model, settings)
         self.tree_size = config.tree_size
         self.slots = StaticSlots([0] * batch_size, path_size=config.tree_depth + 1)
 
@@ -91,13 +91,16 @@ class CompiledForwards(Forwards):
 
     @contextmanager
     def using(self, cache: Cache) -> Iterator[None]:
+        self.run = compiled_function(
+            self.target.model, run_model, self.settings
+        )  # now that the prefill's hooks are gone
         with static_layers(cache, self.slots, self.tree_size + 1, self.is_dynamic) as self.static_layers:
             yield
 
     @property
     def is_dynamic(self) -> bool:
         """Whether one graph serves all numbers of nodes and slots: on a CPU, where that costs next to nothing."""
-        return self.target.model.device.type == "cpu" and self.run.settings.dynamic is not False
+        return self.target.model.device.type == "cpu" and self.settings.dynamic is not False
 
     def pad(self, tree: DraftTree) -> DraftTree:
         num_nodes = padded_count(tree.num_nodes, self.tree_size, tree.tokens.device)
