@@ -30,18 +30,18 @@ def test_the_number_holds_in_the_block_only(three_threads):
 def test_the_drafter_runs_on_draft_threads_and_the_target_does_not(three_threads, monkeypatch):
     target = family("llama").make_target()
     inputs = family("llama").make_inputs(target, 1)
-    seen = {"drafter": set(), "target": set()}
+    seen = {"prompt": set(), "drafter": set(), "target": set()}
     forward = DrafterState._forward
 
-    def watched(*args, **kwargs):
-        seen["drafter"].add(torch.get_num_threads())
-        return forward(*args, **kwargs)
+    def watched(state, *args, **kwargs):
+        seen["drafter" if state.features.longest else "prompt"].add(torch.get_num_threads())
+        return forward(state, *args, **kwargs)
 
     monkeypatch.setattr(DrafterState, "_forward", watched)
     target.model.register_forward_hook(lambda *_: seen["target"].add(torch.get_num_threads()))
     drafter = DreamDrafter.for_target(target, draft_threads=1)
     generate(target, inputs, assistant_model=drafter, max_new_tokens=8)
-    assert seen == {"drafter": {1}, "target": {3}}
+    assert seen == {"prompt": {3}, "drafter": {1}, "target": {3}}
     assert torch.get_num_threads() == 3
 
 

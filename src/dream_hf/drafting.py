@@ -86,7 +86,8 @@ class DrafterState:
         num_tokens, num_missing = embeds.shape[1], embeds.shape[1] - features.shape[1]
         own = self.tokens.tensor(device)[:, None] + torch.arange(num_tokens, device=device)
         sees = torch.arange(self.reserve(num_tokens), device=device) <= own[..., None]
-        with cpu_threads(self.drafter.config.draft_threads):
+        is_prompt = not self.features.longest  # many tokens: as many threads as there are
+        with cpu_threads(None if is_prompt else self.drafter.config.draft_threads):
             hidden = self._forward(embeds.to(device, dtype), features.to(device, dtype), sees, positions)
         self.level_angles = None
         self.tokens.commit(counts)
