@@ -38,6 +38,7 @@ LAYERS = [
         "checkpoints",
         "modeling_dream",
         "lean",
+        "levels",
         "targets",
     ],
     ["choosing", "outputs", "drafting", "pausing", "requests", "continuation", "verifying"],

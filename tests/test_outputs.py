@@ -58,6 +58,17 @@ def test_everything_there_is(family, batch):
 
 
 @some_families
+def test_attention_that_is_not_shown_is_as_blank_as_in_plain_decoding(name):
+    target = family(name).make_target(attn_implementation="sdpa")
+    inputs = family(name).make_inputs(target, 2)
+    settings = {"max_new_tokens": 8, "output_attentions": True}
+    expected = generate(target, inputs, **settings)
+    out = generate(target, inputs, assistant_model=untrained(target), **settings)
+    assert_same_tokens(expected, out)
+    assert out.attentions == expected.attentions
+
+
+@some_families
 @each_batch
 def test_scores_are_processed_and_logits_are_not(name, batch):
     target = family(name).make_target()

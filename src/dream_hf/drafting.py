@@ -7,19 +7,19 @@ tree grows, its beams sit in the tentative slots behind them, and a beam sees of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers.cache_utils import Cache
 
 from .caches import Slots, slot_cache
 from .compiling import Settings, compiled_function
 from .configuration_dream import DreamConfig
-from .lean import Angles, LeanDrafter, lean_drafter
+from .lean import Angles, lean_drafter
+from .levels import Beams, Level, TargetHead, first_level, lean_level, next_level
 from .modeling_dream import DraftMasks, DreamDrafter
 from .static_caches import StaticSlotLayer, StaticSlots, static_cache
 from .threads import cpu_threads
@@ -28,18 +28,6 @@ from .tree import DraftTree
 # Scores of a child and its parent can tie when the child is certain. A small price per level makes parents win, so that
 # a node is never kept without its parent.
 LEVEL_PRICE = 1e-3
-
-
-@dataclass(frozen=True)
-class TargetHead:
-    """The two ends of the target a drafter borrows: `embed` (ids (...) -> (..., H)) and `logits` ((..., H) -> (..., V)).
-
-    With `token_ids` (R,), a reduced draft vocabulary on the drafter's device, `logits` are those of these tokens, (..., R).
-    """
-
-    embed: Callable[[torch.Tensor], torch.Tensor]
-    logits: Callable[[torch.Tensor], torch.Tensor]
-    token_ids: torch.Tensor | None = None
 
 
 class DrafterState:
@@ -60,7 +48,7 @@ class DrafterState:
         self.lean = lean_drafter(drafter)
         self.compiled = None
         if settings is not None and self.lean is not None:
-            self.compiled = compiled_function(drafter, _lean_level, settings)
+            self.compiled = compiled_function(drafter, lean_level, settings)
         make_slots = Slots if self.compiled is None else StaticSlots
         self.tokens, self.features = make_slots([0] * batch_size), make_slots([0] * batch_size)
         slots_of_layers: list[Any] = [self.features if kind == "cross" else self.tokens for kind in config.block_types]
@@ -128,7 +116,7 @@ class DrafterState:
         like = beams.features
         if self.compiled is None:
             embeds = head.embed(beams.tokens).to(like.device, like.dtype)
-            return _next_level(head, beams, self.beams(embeds, like, beams.sees, depth), top_k)
+            return next_level(head, beams, self.beams(embeds, like, beams.sees, depth), top_k)
         num_beams = beams.tokens.shape[1]
         num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
         level = self.compiled(self.lean, self.cache, head, beams, self.angles_of(depth, like), num_columns, top_k)
@@ -188,79 +176,6 @@ class DrafterState:
         return slots.end + num_new
 
 
-class Beams(NamedTuple):
-    """The k nodes of a level that are expanded, in each of B rows."""
-
-    tokens: torch.Tensor  # (B, k)
-    scores: torch.Tensor  # (B, k), cumulative log-probabilities
-    features: torch.Tensor  # (B, k, H), their parents'
-    own: torch.Tensor  # (B, k, 1), the token slots they are written to
-    sees: torch.Tensor  # (B, k, columns), the verified tokens, their ancestors and themselves
-
-    def first(self, num_beams: int) -> Beams:
-        """The best of them."""
-        return self if num_beams == self.tokens.shape[1] else Beams(*(part[:, :num_beams] for part in self))
-
-
-class Level(NamedTuple):
-    """All expanded nodes of a level, n of them in each row, and the best of them."""
-
-    tokens: torch.Tensor  # (B, n)
-    scores: torch.Tensor  # (B, n)
-    chosen: torch.Tensor  # (B, k), which of them are the beams
-    beams: Beams
-
-
-def _first_level(state: DrafterState, head: TargetHead, config: DreamConfig) -> Level:
-    """The likeliest tokens below the root."""
-    assert state.root_features is not None  # something has been read
-    top_k, lengths = config.tree_top_k, state.tokens.tensor(state.drafter.device)
-    scores, tokens = _top_log_probs(head, state.root_features, top_k)  # (B, 1, k) each
-    num_columns = state.reserve(config.tree_depth * top_k)
-    verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
-    own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
-    return _choose(tokens, scores, state.root_features, verified[:, None], own)
-
-
-def _next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> Level:
-    """The children of `beams`, whose features are `hidden` (B, k, H), `top_k` of each."""
-    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, top_k) each
-    own = beams.own[:, -1:] + torch.arange(1, top_k + 1, device=hidden.device)[:, None]
-    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, own)
-
-
-def _choose(
-    tokens: torch.Tensor,  # (B, parents, k)
-    scores: torch.Tensor,  # (B, parents, k)
-    hidden: torch.Tensor,  # (B, parents, H)
-    sees: torch.Tensor,  # (B, parents, columns)
-    own: torch.Tensor,  # (B, k, 1)
-) -> Level:
-    """The k best of the nodes become the next beams: each sees what its parent saw, and itself."""
-    top_k = tokens.shape[-1]
-    tokens, scores = tokens.flatten(1), scores.flatten(1)
-    beam_scores, chosen = scores.topk(top_k, dim=-1)
-    parents = (chosen // top_k)[..., None]
-    features = hidden.gather(1, parents.expand(-1, -1, hidden.shape[-1]))
-    sees = sees.gather(1, parents.expand(-1, -1, sees.shape[-1])).scatter_(2, own, True)
-    return Level(tokens, scores, chosen, Beams(tokens.gather(1, chosen), beam_scores, features, own, sees))
-
-
-def _lean_level(
-    lean: LeanDrafter,
-    cache: Cache,
-    head: TargetHead,
-    beams: Beams,
-    angles: Angles,
-    num_columns: tuple[int, int],
-    top_k: int,
-) -> Level:
-    """A whole level as one function of tensors, to be compiled: the beams go in, their children and the next beams come out."""
-    embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
-    masks = DraftMasks(beams.sees[..., : num_columns[0]], beams.sees[..., 1 : 1 + num_columns[1]])
-    return _next_level(head, beams, lean(embeds, beams.features, masks, angles, cache), top_k)
-
-
 @dataclass
 class _Candidates:
     """All expanded nodes so far, in order of levels: tokens, cumulative log-probabilities and parents, (B, n) per level."""
@@ -270,28 +185,31 @@ class _Candidates:
     parents: list[torch.Tensor] = field(default_factory=list)  # index among the candidates, -1 for the root
     num_above: int = 0  # candidates above the last level
 
-    def add(self, tokens: torch.Tensor, scores: torch.Tensor, parents: torch.Tensor) -> None:
-        """Add a level."""
+    def add(self, level: Level, parents: torch.Tensor) -> None:
+        """Add a level, whose nodes are the children of `parents` (B, beams), equally many of each."""
         self.num_above += self.tokens[-1].shape[1] if self.tokens else 0
-        self.tokens.append(tokens)
-        self.scores.append(scores)
-        self.parents.append(parents)
+        self.tokens.append(level.tokens)
+        self.scores.append(level.scores)
+        children = level.tokens.shape[1] // parents.shape[1]
+        self.parents.append(parents[..., None].expand(-1, -1, children).flatten(1))
 
 
 def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
     """Draft a tree below each row's last token.
 
     At every level the `tree_top_k` beams of highest cumulative probability are each expanded by their `tree_top_k`
-    likeliest tokens; of all expanded nodes the `tree_size` best are kept, and a kept node's parent always is.
+    likeliest tokens; of all expanded nodes the `tree_size` best are kept, and a kept node's parent always is. With the
+    config's thresholds growth stops, and nodes are left out, where they are reached too rarely.
 
     Args:
         state (`DrafterState`): A state that has read all verified text; its tentative slots are empty again on return.
         head (`TargetHead`): The target's embedding and head.
         root_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
-        config (`DreamConfig`): `tree_depth`, `tree_top_k` and `tree_size`.
+        config (`DreamConfig`): `tree_depth`, `tree_top_k`, `tree_size`, `tree_min_level_probability`,
+            `tree_min_node_probability` and `draft_threads`.
 
     Returns:
-        `DraftTree`: `min(tree_size, number of expanded nodes)` nodes and the root, on the state's device.
+        `DraftTree`: At most `tree_size` nodes and the root, on the state's device.
     """
     with cpu_threads(config.draft_threads):
         found = _expand_levels(state, head, config)
@@ -301,15 +219,18 @@ def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, 
 def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig) -> _Candidates:
     """All nodes found on the way down, level by level."""
     found, top_k = _Candidates(), config.tree_top_k
-    level = _first_level(state, head, config)
-    found.add(level.tokens, level.scores, torch.full_like(level.tokens, -1))
+    assert state.root_features is not None  # something has been read
+    num_columns = state.reserve(config.tree_depth * top_k)
+    lengths = state.tokens.tensor(state.drafter.device)
+    level = first_level(head, state.root_features, lengths, num_columns, top_k)
+    found.add(level, torch.full_like(level.tokens, -1))
     for depth in range(1, config.tree_depth):
         num_beams = _num_promising(level.beams.scores, config)
         if not num_beams:
             break
-        parents = (found.num_above + level.chosen[:, :num_beams]).repeat_interleave(top_k, dim=1)
+        parents = level.chosen[:, :num_beams] + found.num_above
         level = state.next_level(head, level.beams.first(num_beams), depth, top_k)
-        found.add(level.tokens, level.scores, parents)
+        found.add(level, parents)
     state.forget_beams()
     return found
 
@@ -349,8 +270,8 @@ def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.T
 def _num_promising(beam_scores: torch.Tensor, config: DreamConfig) -> int:
     """How many of the beams (B, k), best first, to expand by the thresholds of the config.
 
-    None where a level is reached too rarely. Of the beams, those that some row would leave out together with all that
-    is below them need no expanding.
+    0 where the level is reached too rarely. A beam that every row would leave out, with all that is below it, is not
+    worth it.
     """
     if not config.tree_min_level_probability and not config.tree_min_node_probability:
         return beam_scores.shape[1]
@@ -358,12 +279,3 @@ def _num_promising(beam_scores: torch.Tensor, config: DreamConfig) -> int:
     if max(sum(row) for row in rows) < config.tree_min_level_probability:
         return 0
     return max(sum(value >= config.tree_min_node_probability for value in row) for row in rows)
-
-
-def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, relative to what may be drafted, and tokens of the `top_k` likeliest successors.
-
-    (B, n, H) -> (B, n, k) each.
-    """
-    scores, tokens = head.logits(features).to(features.device).log_softmax(-1).topk(top_k, dim=-1)
-    return scores, tokens if head.token_ids is None else head.token_ids[tokens]

@@ -95,7 +95,10 @@ class Recorder:
                 if self.config.output_hidden_states:
                     states = tuple(layer[row, nodes[-1:]] for layer in outputs.hidden_states)
                     self._put_layers(self.hidden_states, states, starts[row] + step, row)
-                if self.config.output_attentions and outputs.attentions[0] is not None:
+                if self.config.output_attentions and not any(layer is not None for layer in outputs.attentions):
+                    missing = starts[row] + step + 1 - len(self.attentions)
+                    self.attentions += [outputs.attentions] * missing  # an implementation that shows none: the same blanks
+                elif self.config.output_attentions:
                     maps = tuple(
                         _plain_attention(layer[row], nodes, lengths[row], longest, window)
                         for layer, window in zip(outputs.attentions, self.windows, strict=True)

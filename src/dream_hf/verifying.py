@@ -111,7 +111,7 @@ class CompiledForwards(Forwards):
     def __call__(self, inputs: dict[str, Any], num_nodes: int) -> Any:
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 0  # all: a number of nodes would be compiled in
-        if self.is_dynamic and num_nodes > 1:
+        if self.is_dynamic:
             let_nodes_vary(inputs)
         run = self.run if num_nodes <= self.tree_size + 1 else self.run.function  # an odd shape is not worth a graph
         outputs = run(self.target.model, {**inputs, "return_dict": True})

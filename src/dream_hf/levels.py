@@ -1,0 +1,109 @@
+"""One level of a draft tree as functions of tensors: who the beams are, what they see, what comes below them.
+
+B rows, k beams, H width. A mask's column c stands for token slot c and for feature slot c - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+
+from .lean import Angles, LeanDrafter
+from .modeling_dream import DraftMasks
+
+
+@dataclass(frozen=True)
+class TargetHead:
+    """The two ends of the target a drafter borrows: `embed` (ids (...) -> (..., H)) and `logits` ((..., H) -> (..., V)).
+
+    With `token_ids` (R,), a reduced draft vocabulary on the drafter's device, `logits` are those of these tokens, (..., R).
+    """
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    token_ids: torch.Tensor | None = None
+
+
+class Beams(NamedTuple):
+    """The k nodes of a level that are expanded, in each of B rows."""
+
+    tokens: torch.Tensor  # (B, k)
+    scores: torch.Tensor  # (B, k), cumulative log-probabilities
+    features: torch.Tensor  # (B, k, H), their parents'
+    own: torch.Tensor  # (B, k, 1), the token slots they are written to
+    sees: torch.Tensor  # (B, k, columns), the verified tokens, their ancestors and themselves
+
+    def first(self, num_beams: int) -> Beams:
+        """The best of them."""
+        return self if num_beams == self.tokens.shape[1] else Beams(*(part[:, :num_beams] for part in self))
+
+
+class Level(NamedTuple):
+    """All expanded nodes of a level, n of them in each row, and the best of them."""
+
+    tokens: torch.Tensor  # (B, n)
+    scores: torch.Tensor  # (B, n)
+    chosen: torch.Tensor  # (B, k), which of them are the beams
+    beams: Beams
+
+
+def first_level(
+    head: TargetHead, root_features: torch.Tensor, lengths: torch.Tensor, num_columns: int, top_k: int
+) -> Level:
+    """The likeliest tokens below the root, from its features (B, 1, H), in rows of `lengths` (B,) verified tokens."""
+    scores, tokens = _top_log_probs(head, root_features, top_k)  # (B, 1, k) each
+    verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
+    own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
+    return _choose(tokens, scores, root_features, verified[:, None], own)
+
+
+def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> Level:
+    """The children of `beams`, whose features are `hidden` (B, k, H), `top_k` of each."""
+    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, top_k) each
+    own = beams.own[:, -1:] + torch.arange(1, top_k + 1, device=hidden.device)[:, None]
+    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, own)
+
+
+def _choose(
+    tokens: torch.Tensor,  # (B, parents, k)
+    scores: torch.Tensor,  # (B, parents, k)
+    hidden: torch.Tensor,  # (B, parents, H)
+    sees: torch.Tensor,  # (B, parents, columns)
+    own: torch.Tensor,  # (B, k, 1)
+) -> Level:
+    """The k best of the nodes become the next beams: each sees what its parent saw, and itself."""
+    top_k = tokens.shape[-1]
+    tokens, scores = tokens.flatten(1), scores.flatten(1)
+    beam_scores, chosen = scores.topk(top_k, dim=-1)
+    parents = (chosen // top_k)[..., None]
+    features = hidden.gather(1, parents.expand(-1, -1, hidden.shape[-1]))
+    sees = sees.gather(1, parents.expand(-1, -1, sees.shape[-1])).scatter_(2, own, True)
+    return Level(tokens, scores, chosen, Beams(tokens.gather(1, chosen), beam_scores, features, own, sees))
+
+
+def lean_level(
+    lean: LeanDrafter,
+    cache: Cache,
+    head: TargetHead,
+    beams: Beams,
+    angles: Angles,
+    num_columns: tuple[int, int],
+    top_k: int,
+) -> Level:
+    """A whole level as one function of tensors, to be compiled: the beams go in, their children and the next beams come out."""
+    embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
+    masks = DraftMasks(beams.sees[..., : num_columns[0]], beams.sees[..., 1 : 1 + num_columns[1]])
+    return next_level(head, beams, lean(embeds, beams.features, masks, angles, cache), top_k)
+
+
+def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities, relative to what may be drafted, and tokens of the `top_k` likeliest successors.
+
+    (B, n, H) -> (B, n, k) each.
+    """
+    scores, tokens = head.logits(features).to(features.device).log_softmax(-1).topk(top_k, dim=-1)
+    return scores, tokens if head.token_ids is None else head.token_ids[tokens]
