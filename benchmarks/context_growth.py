@@ -114,6 +114,7 @@ def measure_memory(target: Any, drafter: DreamDrafter, options: argparse.Namespa
     texts = run_plain(target, prompt, num_tokens).sequences
     plan = make_plan(TAU, drafter.config.tree_depth, num_tokens, options.batch)
     samples: list[Figures] = []
+    gc.collect()  # what earlier measurements left in cycles
     before = live_bytes()
     with sampling(samples, max(plan.shape[1] // options.samples, 1)):
         run_dream(target, drafter, texts, context, plan)

@@ -170,7 +170,9 @@ class DreamConfig(PreTrainedConfig):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must lie in [0, 1).")
         if self.draft_threads is not None and self.draft_threads < 1:
-            raise ValueError(f"`draft_threads` ({self.draft_threads}) must be at least 1, or None for PyTorch's number.")
+            raise ValueError(
+                f"`draft_threads` ({self.draft_threads}) must be at least 1, or None for PyTorch's number."
+            )
         if not 0.0 <= self.pause_below < math.inf:
             raise ValueError(f"`pause_below` ({self.pause_below}) must be a number of tokens, 0 or above.")
         if not 0.0 < self.visual_keep_ratio <= 1.0:

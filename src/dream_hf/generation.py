@@ -137,7 +137,7 @@ class _Decoding:
         self.state = DrafterState(drafter, batch, forwards.settings)
         self.pausing = Pausing(drafter.config.pause_below)
         self.unread = Unread()
-        self.longest_text: int | None = None  # slots of the prompt and of all tokens that may follow it, if it is known
+        self.longest_text: int | None = None  # slots of the prompt and of what may follow it, if that has a limit
         draft_logits = target.draft_logits(drafter)
         self.head = TargetHead(
             embed=lambda token_ids: target.embed(token_ids.to(self.embed_device)),

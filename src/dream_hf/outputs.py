@@ -96,8 +96,9 @@ class Recorder:
                     states = tuple(layer[row, nodes[-1:]] for layer in outputs.hidden_states)
                     self._put_layers(self.hidden_states, states, starts[row] + step, row)
                 if self.config.output_attentions and not any(layer is not None for layer in outputs.attentions):
+                    # The implementation shows none: the same blanks as in plain decoding.
                     missing = starts[row] + step + 1 - len(self.attentions)
-                    self.attentions += [outputs.attentions] * missing  # an implementation that shows none: the same blanks
+                    self.attentions += [outputs.attentions] * missing
                 elif self.config.output_attentions:
                     maps = tuple(
                         _plain_attention(layer[row], nodes, lengths[row], longest, window)
