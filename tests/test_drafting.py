@@ -271,10 +271,11 @@ class Replay:
             embeds = original.clone()
             if number == level:
                 embeds[:, beam] += noise
+            given = features
             if results:
                 parents = self.parents(number)[..., None].expand(-1, -1, WIDTH)
-                features = results[-1].gather(1, parents)
-            results.append(self.state.beams(embeds, features, *rest))
+                given = results[-1].gather(1, parents)
+            results.append(self.state.beams(embeds, given, *rest))
         self.state.forget_beams()
         return results
 
