@@ -2,8 +2,7 @@
 
 A draft level is a few tokens wide, and in a small drafter Python takes longer than the arithmetic: module calls, attribute
 lookups, rotary angles computed anew. Here the weights are looked up once per `generate()` (they are shared, not copied),
-and the rotary
-angles of all levels of a tree are computed together. `tests/test_lean.py` holds the two forms together.
+and the rotary angles of all levels of a tree are computed together. `tests/test_lean.py` holds the two forms together.
 """
 
 from __future__ import annotations
