@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from dream_hf import DreamDrafter, generation, targets
 from dream_hf.tree import DraftTree
+from dream_hf.verifying import Forwards
 
 
 def random_tree(
@@ -77,7 +78,8 @@ def drive(target: Target, inputs: Inputs, drafter: DreamDrafter, act: Callable[[
         view = targets.Target(model)
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         with view.recording() as record, torch.no_grad():
-            decoding = generation._Decoding(view, drafter, record, *arguments)
+            forwards = Forwards(view, input_ids.shape[0], record)
+            decoding = generation._Decoding(view, drafter, record, forwards, *arguments)
             decoding.prefill()
             with view.taking_trees(), decoding.verifying():
                 results.append(act(decoding))
