@@ -170,9 +170,10 @@ class DrafterState:
 
     def _num_slots(self, slots: Slots, num_new: int) -> int:
         """Slots that attention is shown when `num_new` are written: those in use, or all of a buffer of fixed size."""
-        for layer in self.cache.layers:
-            if isinstance(layer, StaticSlotLayer) and layer.slots is slots:
-                return layer.get_mask_sizes(num_new)[0]
+        if self.compiled is not None:
+            for layer in self.cache.layers:
+                if isinstance(layer, StaticSlotLayer) and layer.slots is slots:
+                    return layer.get_mask_sizes(num_new)[0]
         return slots.end + num_new
 
 

@@ -59,6 +59,9 @@ class Forwards:
 
     def keep(self, path: torch.Tensor) -> None:
         """Keep the nodes `path` (B, P) in the cache, and take the others back."""
+        is_in_place = path.device.type == "cpu" and bool((path[:, -1] == path.shape[1] - 1).all())  # elsewhere a sync
+        if is_in_place:
+            return
         for layer in self.layers:
             layer.keep(path)
 
