@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from platforms import describe_platform
 from torch import Tensor, nn
 
 from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.benchmark.measure import synchronize
 from dream_hf.draft_vocabulary import reduced_head
 
 
 def main() -> None:
     options = parse_options()
     torch.manual_seed(0)
-    result: dict[str, Any] = {"settings": vars(options) | {"output": None}, "platform": describe_platform(options)}
+    result: dict[str, Any] = {
+        "settings": vars(options) | {"output": None},
+        "platform": describe_platform(options.device),
+    }
     for name in options.dtypes:
         result[name] = measure(getattr(torch, name), options)
     text = json.dumps(result, indent=2)
@@ -115,28 +118,13 @@ def time_in_turns(parts: dict[str, Callable[[], Any]], options: argparse.Namespa
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for turn in range(options.repeats + 2):
         for name, part in parts.items():
-            synchronize(options.device)
+            synchronize(torch.device(options.device))
             start = time.perf_counter()
             part()
-            synchronize(options.device)
+            synchronize(torch.device(options.device))
             if turn > 1:  # the first turns warm up
                 seconds[name].append(time.perf_counter() - start)
     return {name: round(1000 * statistics.median(values), 4) for name, values in seconds.items()}
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def describe_platform(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def parse_options() -> argparse.Namespace:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from platforms import describe_platform
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dream_hf import DreamDrafter
+from dream_hf.benchmark.measure import synchronize
 from dream_hf.features import FeatureExtractor, LayerSelection
 from dream_hf.objective import Objective
 from dream_hf.targets import Target
@@ -88,10 +88,10 @@ def time_in_turns(parts: dict[str, Callable[[], None]], options: argparse.Namesp
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for turn in range(options.repeats + 1):
         for name, part in parts.items():
-            synchronize(options.device)
+            synchronize(torch.device(options.device))
             start = time.perf_counter()
             part()
-            synchronize(options.device)
+            synchronize(torch.device(options.device))
             if turn:  # the first turn warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -135,22 +135,6 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         peak = max(peak, held)
     del kept
     return peak
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def describe_platform(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def parse_options() -> argparse.Namespace:

@@ -106,8 +106,6 @@ class SlotLayer(DynamicLayer):
     def keep(self, path: torch.Tensor) -> None:
         """Move the tentative slots `path` (B, P) to the first P tentative slots. Paths start at node 0, which stays."""
         num_kept = path.shape[1]
-        if num_kept == 1:
-            return
         if path.shape[0] == 1:  # fewer and cheaper operations than for rows that differ
             first = self.slots.longest - self.dropped
             source = path[0].to(self.keys.device) + first
