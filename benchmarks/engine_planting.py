@@ -104,13 +104,13 @@ class Planting:
         """Plant into all trees that are drafted while in the block."""
         drafted = generation.grow_tree
 
-        def grow_tree(state: Any, head: Any, root_tokens: Tensor, config: Any) -> DraftTree:
+        def grow_tree(state: Any, head: Any, root_tokens: Tensor, config: Any, max_depth: int | None) -> DraftTree:
             step = self.num_steps
             if step == self.num_skipped:
                 synchronize(root_tokens.device)
                 self.started_at = time.perf_counter()
             self.num_steps, self.state = step + 1, state
-            tree = drafted(state, head, root_tokens, config)
+            tree = drafted(state, head, root_tokens, config)  # a whole one, also where the text ends soon
             if step >= len(self.accepted):  # some step was accepted less far than planned, which the caller will see
                 return tree
             return plant(tree, self.continuations[step], self.accepted[step], config.vocab_size)

@@ -8,7 +8,8 @@ from families import FAMILIES, family
 from dream_hf.drafting import DrafterState, TargetHead, grow_tree
 from dream_hf.features import FeatureExtractor, LayerSelection, last_prompts, predictions
 from dream_hf.modeling_dream import DreamDrafter
-from dream_hf.rollout import StepCache, roll_out
+from dream_hf.objective import Objective
+from dream_hf.rollout import StepCache, roll_out, sample_starts
 from dream_hf.targets import Target
 
 LENGTHS = [7, 4, 9]
@@ -24,8 +25,8 @@ def make_drafter(target, seed=0, **config):
     return drafter
 
 
-def extract(target, text: Answered, selection=None, keep_ratio=1.0):
-    extractor = FeatureExtractor(Target(target), selection or LayerSelection("none"), keep_ratio)
+def extract(target, text: Answered, selection=None, keep_ratio=1.0, importance="attention"):
+    extractor = FeatureExtractor(Target(target), selection or LayerSelection("none"), keep_ratio, importance)
     made = extractor.run(text.inputs, text.answer_mask)
     return made, extractor.drafter_batch(text.inputs, text.answer_mask, made)
 
@@ -132,15 +133,22 @@ def decoding_inputs(target, drafter, prompt, length, monkeypatch):
     return ids, torch.cat(embeds), torch.cat(features), torch.cat(positions)
 
 
-@pytest.mark.parametrize("name", [candidate.name for candidate in FAMILIES])
-def test_training_reads_what_decoding_reads(name, monkeypatch):
+BY_NOVELTY = ["llava_clip_llama", "gemma3", "qwen2_5_vl", "idefics3", "llava_pixtral_mistral"]
+
+
+@pytest.mark.parametrize(
+    ("name", "importance"),
+    [(candidate.name, "attention") for candidate in FAMILIES] + [(name, "novelty") for name in BY_NOVELTY],
+)
+def test_training_reads_what_decoding_reads(name, importance, monkeypatch):
     """Invariant 6: the same tokens kept, embeddings, features and positions, for padded rows and half the picture."""
     member = family(name)
     target = member.make_target()
-    drafter = make_drafter(target, visual_keep_ratio=0.5, tree_depth=2, tree_top_k=2, tree_size=4)
+    kept = {"visual_keep_ratio": 0.5, "visual_importance": importance}
+    drafter = make_drafter(target, **kept, tree_depth=2, tree_top_k=2, tree_size=4)
     lengths = [5, 3]
     text = answer(member, target, lengths)
-    _, batch = extract(target, text, keep_ratio=0.5)
+    _, batch = extract(target, text, keep_ratio=0.5, importance=importance)
     for row, (prompt, length) in enumerate(zip(text.prompts, lengths, strict=True)):
         ids, embeds, features, positions = decoding_inputs(target, drafter, prompt, length, monkeypatch)
         assert ids[0, -length:].tolist() == text.answers[row].tolist()
@@ -227,6 +235,58 @@ def test_rollout_stops_at_the_end_of_an_answer():
     with torch.no_grad():
         steps = list(roll_out(make_drafter(target), batch, batch.text.features, 4))
     assert [step.predictions.tolist() for step in steps] == [[0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 5, 6], [2, 3, 6], [3]]
+
+
+def test_a_share_of_the_chains_says_what_all_of_them_say():
+    target = family("llama").make_target()
+    text = answer(family("llama"), target, [9, 6])
+    _, batch = extract(target, text)
+    drafter = make_drafter(target)
+    starts = sample_starts(batch.predicts, 0.4, torch.Generator().manual_seed(0))
+    assert 0 < starts.sum() < batch.predicts.sum()
+    with torch.no_grad():
+        every = list(roll_out(drafter, batch, batch.text.features, 4))
+        some = list(roll_out(drafter, batch, batch.text.features, 4, starts))
+    assert torch.equal(some[0].predictions, every[0].predictions)
+    bases = starts[batch.predicts].nonzero().flatten()
+    for whole, part in zip(every[1:], some[1:], strict=True):
+        known = whole.predictions.tolist()
+        assert part.predictions.tolist() == [
+            base + part.index for base in bases.tolist() if base + part.index in known
+        ]
+        at = [known.index(prediction) for prediction in part.predictions.tolist()]
+        torch.testing.assert_close(part.hidden, whole.hidden[at], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 1.0])
+def test_every_position_is_as_likely_a_start(share):
+    predicts = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0]]).bool()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sample_starts(predicts, share, generator) for _ in range(4000)])
+    assert not drawn[:, ~predicts].any()
+    counts = drawn.sum(-1)
+    wanted = share * predicts.sum(-1)
+    assert ((counts - wanted).abs() < 1 + 1e-5).all()  # evenly spaced
+    frequency = drawn.float().mean(0)[predicts]
+    assert (frequency - share).abs().max() < 5 * (share * (1 - share) / 4000) ** 0.5 + 1e-6
+
+
+def test_the_loss_of_a_share_is_that_of_all_on_average():
+    target = family("llama").make_target()
+    text = answer(family("llama"), target, [9, 6])
+    _, batch = extract(target, text)
+    drafter, view = make_drafter(target), Target(target)
+    options = {"rollout_steps": 4, "mid_feature_loss_weight": 0.0}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        whole = Objective(**options)(drafter, batch, batch.text.features, view.logits)
+        some = Objective(**options, rollout_share=0.3)
+        drawn = [some(drafter, batch, batch.text.features, view.logits, generator).total for _ in range(300)]
+        assert some(drafter, batch, batch.text.features, view.logits).total == whole.total  # all, when evaluated
+    drawn = torch.stack(drawn)
+    assert len(set(drawn.tolist())) > 10
+    assert abs(drawn.mean() - whole.total) < 4 * drawn.std() / 300**0.5
+    assert drawn.std() / 300**0.5 < 0.01 * whole.total  # the comparison means something
 
 
 def test_gradient_flows_through_fed_back_features():

@@ -1,5 +1,7 @@
 """Trees that stop growing, and leave nodes out, where the drafter expects little."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import family
@@ -7,6 +9,7 @@ from families import family
 import dream_hf  # noqa: F401
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.drafting import DrafterState, TargetHead, grow_tree
+from dream_hf.levels import Beams
 from dream_hf.targets import Target
 
 
@@ -20,13 +23,14 @@ def grown():
     head = TargetHead(target.embed, lambda features: target.logits(features) / 4)
     ids = torch.randint(5, 90, (1, 9))
 
-    def grow(**settings):
+    def grow(ends=(), max_depth=None, **settings):
         for name, value in settings.items():
             setattr(drafter.config, name, value)
         state = DrafterState(drafter, 1)
         with torch.no_grad():
             state.read(target.embed(ids), torch.randn(1, 8, 32), torch.arange(9)[None], [9])
-            return grow_tree(state, head, ids[:, -1:], drafter.config), state
+            ending = replace(head, ends=frozenset(ends))
+            return grow_tree(state, ending, ids[:, -1:], drafter.config, max_depth), state
 
     return grow
 
@@ -62,6 +66,46 @@ def test_growth_stops_at_unlikely_levels(grown):
     assert len(set(depths)) > 2
 
 
+def test_nothing_is_drafted_below_an_end(grown):
+    free, _ = grown(tree_size=84, tree_min_node_probability=1e-9)
+    ends = {int(free.tokens[0, 1]), int(free.tokens[0, 9])}
+    below = {int(token) for node in range(84) for token in free.tokens[0, free.ancestors[0, node]][:-1]}
+    assert ends & below  # so that there is something to leave out
+    tree, _ = grown(ends, tree_size=84, tree_min_node_probability=1e-9)
+    parents = {int(tree.tokens[0, parent]) for parent in tree.parents[0, 1:].tolist() if parent}
+    assert not ends & parents and ends & set(tree.tokens[0].tolist())
+    assert tree.num_nodes > 20  # the others lead on
+    everything, state = grown(set(range(100)), tree_size=84, tree_min_node_probability=1e-9)
+    assert everything.max_depth == 1 and state.tokens.tentative == 0
+
+
+@pytest.mark.parametrize("max_depth", [0, 1, 3, 6, 9])
+def test_no_more_levels_than_can_be_of_use(grown, max_depth):
+    tree, state = grown(max_depth=max_depth, tree_top_k=1)
+    assert tree.max_depth == int(tree.depths.max()) == min(max_depth, 6)
+    assert state.tokens.tentative == 0
+
+
+@pytest.mark.parametrize("limit", [2, 3, 5])
+def test_levels_beyond_the_longest_text_are_not_drafted(limit):
+    made = family("llama")
+    target = made.make_target()
+    inputs = made.make_inputs(target)
+    drafter = DreamDrafter.for_target(target)
+    levels = []
+    run = DrafterState.next_level
+
+    def spy(self, head, beams, depth, top_k):
+        levels.append(depth)
+        return run(self, head, beams, depth, top_k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrafterState, "next_level", spy)
+        result = target.generate(**inputs, assistant_model=drafter, max_new_tokens=limit, do_sample=False)
+    assert torch.equal(result, target.generate(**inputs, max_new_tokens=limit, do_sample=False))
+    assert max(levels, default=0) <= max(limit - 3, 0)  # the prefill and the target give a token each
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_output_is_exact(batch_size):
     made = family("gemma3")
@@ -82,3 +126,20 @@ def test_output_is_exact(batch_size):
 def test_thresholds_are_probabilities(name):
     with pytest.raises(ValueError, match=rf"`{name}` \(1.5\)"):
         DreamConfig(**{name: 1.5})
+
+
+def test_beams_closed_up_see_what_they_saw():
+    """Beams taken out of the middle are written to the first slots: their ancestors stay, their own slot moves."""
+    torch.manual_seed(0)
+    own = torch.arange(20, 24).view(1, 4, 1).repeat(2, 1, 1)
+    ancestors = torch.rand(2, 4, 30) < 0.5
+    ancestors[..., 20:] = False
+    beams = Beams(
+        torch.arange(8).view(2, 4), torch.rand(2, 4), torch.rand(2, 4, 3), own, ancestors.scatter(2, own, True)
+    )
+    for places in ([0, 1, 2, 3], [0, 1], [1], [0, 2], [1, 2, 3]):
+        some = beams.at(places)
+        assert torch.equal(some.tokens, beams.tokens[:, places]) and torch.equal(some.scores, beams.scores[:, places])
+        assert torch.equal(some.features, beams.features[:, places])
+        assert torch.equal(some.own, own[:, : len(places)])
+        assert torch.equal(some.sees, ancestors[:, places].scatter(2, some.own, True))

@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import attention_received, observe_attention
 from .choosing import STATEFUL
-from .compression import compress_text
+from .compression import compress_text, visual_importance
 from .drafting import DrafterState, TargetHead, grow_tree
 from .modeling_dream import DreamDrafter
 from .requests import check_cache, check_request
@@ -63,7 +63,7 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     def __enter__(self) -> DreamCandidateGenerator:
         self._record = self._scopes.enter_context(self.target.recording())
-        if self.drafter.config.visual_keep_ratio < 1.0:
+        if self.drafter.config.needs_attention:
             self._scopes.enter_context(observe_attention([self.target.last_attention], self._observe))
         return self
 
@@ -117,6 +117,7 @@ class DreamCandidateGenerator(CandidateGenerator):
             embed=lambda token_ids: self.target.embed(token_ids.to(self.target.model.device)),
             logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
             token_ids=self.drafter.draft_token_ids,
+            ends=self.target.end_ids,
         )
         self._wants_attention = False
         self._received: torch.Tensor | None = None  # attention each key received in the prefill, (1, K)
@@ -139,7 +140,9 @@ class DreamCandidateGenerator(CandidateGenerator):
             received = received[:, -num_tokens:].to(device)  # a sliding layer does not show the first keys
             received = torch.nn.functional.pad(received, (num_tokens - received.shape[1], 0))
         is_visual = self.target.is_visual(input_ids[:, -num_tokens - 1 : -1]).to(device)
-        text = compress_text(embeds, features, real.bool(), is_visual, received, self.drafter.config.visual_keep_ratio)
+        config = self.drafter.config
+        importance = visual_importance(config.visual_importance, features, is_visual, received)
+        text = compress_text(embeds, features, real.bool(), is_visual, importance, config.visual_keep_ratio)
         first = self.head.embed(input_ids[:, -1:]).to(device, embeds.dtype)
         self.state.read(
             torch.cat([text.embeds, first], dim=1),
@@ -156,11 +159,8 @@ class DreamCandidateGenerator(CandidateGenerator):
     def _draft(self, input_ids: torch.Tensor) -> torch.LongTensor:
         config = copy.copy(self.drafter.config)
         config.tree_top_k = 1
-        if self.max_length is not None:
-            config.tree_depth = min(config.tree_depth, self.max_length - input_ids.shape[1] - 1)
-        if config.tree_depth < 1:
-            return input_ids  # type: ignore[return-value]
-        chain = grow_tree(self.state, self.head, input_ids[:, -1:], config)
+        max_depth = None if self.max_length is None else self.max_length - input_ids.shape[1] - 1
+        chain = grow_tree(self.state, self.head, input_ids[:, -1:], config, max_depth)
         return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=1)  # type: ignore[return-value]
 
 

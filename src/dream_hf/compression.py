@@ -1,4 +1,4 @@
-"""Which of the prompt's tokens the drafter keeps (paper, section 3.3)."""
+"""Which of the prompt's tokens the drafter keeps (paper, section 3.3; ranking by novelty is beyond it)."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ def compress_text(
     features: torch.Tensor,  # (B, T, H)
     real: torch.Tensor,  # (B, P + T) bool
     is_visual: torch.Tensor,  # (B, T) bool
-    received: torch.Tensor | None,  # (B, T)
+    importance: torch.Tensor | None,  # (B, T)
     keep_ratio: float,
 ) -> DrafterText:
-    """Leave out padding and the visual tokens that the target hardly attends to; the same for decoding and training.
+    """Leave out padding and the visual tokens of least importance; the same for decoding and training.
 
     Args:
         embeds, features (`torch.Tensor` of shape `(B, T, H)`): What the target made of the text's last T tokens.
         real (`torch.BoolTensor` of shape `(B, P + T)`): False at padding, in the P tokens before these as well.
         is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
-        received (`torch.Tensor` of shape `(B, T)`, *optional*): Attention each token receives from the prompt's queries
-            in the target's last layer; without it all tokens are kept.
+        importance (`torch.Tensor` of shape `(B, T)`, *optional*): Of every token; without it all tokens are kept.
         keep_ratio (`float`): Share of the visual tokens to keep.
 
     Returns:
@@ -51,20 +50,58 @@ def compress_text(
     num_tokens = features.shape[1]
     positions = (real.long().cumsum(-1) - 1)[:, -num_tokens:]
     keep = real = real[:, -num_tokens:]
-    if received is not None:
-        keep = real & tokens_to_keep(received, is_visual & real, keep_ratio)
+    if importance is not None:
+        keep = real & tokens_to_keep(importance, is_visual & real, keep_ratio)
     order, counts = left_aligned(keep)
     order = order[:, : int(counts.max())]
     wide = order[..., None].expand(-1, -1, features.shape[-1])
     return DrafterText(embeds.gather(1, wide), features.gather(1, wide), positions.gather(1, order), order, counts)
 
 
-def tokens_to_keep(received: torch.Tensor, is_visual: torch.Tensor, keep_ratio: float) -> torch.Tensor:
-    """Keep all text and, of each row's visual tokens, those that receive most attention.
+def visual_importance(
+    kind: str, features: torch.Tensor, is_visual: torch.Tensor, received: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Importance (B, T) of the tokens by `DreamConfig.visual_importance`, or None where no attention was measured.
 
     Args:
-        received (`torch.Tensor` of shape `(B, T)`): Attention each token receives in the target's last layer, summed
-            over heads and queries.
+        kind (`str`): `"attention"` or `"novelty"`.
+        features (`torch.Tensor` of shape `(B, T, H)`): The target's last features.
+        is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
+        received (`torch.Tensor` of shape `(B, T)`, *optional*): Attention each token receives from the prompt's queries
+            in the target's last layer, if it was measured.
+    """
+    return novelty(features, is_visual) if kind == "novelty" else received
+
+
+def novelty(features: torch.Tensor, is_visual: torch.Tensor, chunk_size: int = 1024) -> torch.Tensor:
+    """How unlike each visual token is to those before it: 1 less its largest cosine similarity to one of them.
+
+    Of several alike (a background, say) the first is new, the others are not. It takes no attention maps.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, T, H)`): The target's last features.
+        is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
+        chunk_size (`int`): Tokens compared with those before them at a time.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: Between 0 and 2; the first visual token has 2.
+    """
+    directions = torch.nn.functional.normalize(features.float(), dim=-1)
+    columns = torch.arange(features.shape[1], device=features.device)
+    nearest = []
+    for some in columns.split(chunk_size):
+        before = columns[: int(some[-1]) + 1]
+        is_compared = is_visual[:, None, : len(before)] & (before < some[:, None])
+        likeness = directions[:, some] @ directions[:, : len(before)].mT
+        nearest.append(likeness.masked_fill(~is_compared, -1.0).amax(-1))
+    return 1.0 - torch.cat(nearest, dim=1)
+
+
+def tokens_to_keep(importance: torch.Tensor, is_visual: torch.Tensor, keep_ratio: float) -> torch.Tensor:
+    """Keep all text and, of each row's visual tokens, the most important.
+
+    Args:
+        importance (`torch.Tensor` of shape `(B, T)`): Of every token; that of visual ones counts.
         is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
         keep_ratio (`float`): Share of the visual tokens to keep, rounded up.
 
@@ -72,7 +109,7 @@ def tokens_to_keep(received: torch.Tensor, is_visual: torch.Tensor, keep_ratio: 
         `torch.BoolTensor` of shape `(B, T)`: True at tokens to keep.
     """
     quota = (is_visual.sum(-1, keepdim=True) * keep_ratio - 1e-6).ceil()
-    ranking = received.masked_fill(~is_visual, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    ranking = importance.masked_fill(~is_visual, -math.inf).argsort(dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(ranking).scatter_(
         1, ranking, torch.arange(ranking.shape[1], device=ranking.device).expand_as(ranking)
     )

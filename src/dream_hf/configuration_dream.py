@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 BLOCK_TYPES = ("initial", "cross", "final")
 MAX_PARAMETERS = 20_000_000_000
 MAX_BLOCKS = 64
+VISUAL_IMPORTANCE = ("attention", "novelty")
 
 
 @strict
@@ -51,6 +52,9 @@ class DreamConfig(PreTrainedConfig):
             on average, bonus included: set it to what a drafted step costs, in steps of plain decoding. 0 never pauses
             (and neither does anything up to 1: every step gains a token). The output stays exact.
         visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3).
+        visual_importance (`str`): Which visual tokens are kept: `"attention"` ranks them by the attention they receive from
+            the prompt in the target's last layer (paper), `"novelty"` by how unlike those before them their features are,
+            which takes no attention maps and first leaves out backgrounds.
         compile (`bool`): Compile the forwards of decoding where that is possible; the first `generate()` waits for it.
             How is said by `generate(..., compile_config=...)`, which also switches it on.
         draft_threads (`int`, *optional*): CPU threads that draft; by default as many as PyTorch uses. The levels of a small
@@ -102,6 +106,7 @@ class DreamConfig(PreTrainedConfig):
     tree_min_node_probability: float | int = 0.0
     pause_below: float | int = 0.0
     visual_keep_ratio: float | int = 0.75
+    visual_importance: str = "attention"
     compile: bool = False
     draft_threads: int | None = None
     tuned: dict | None = None
@@ -177,6 +182,15 @@ class DreamConfig(PreTrainedConfig):
             raise ValueError(f"`pause_below` ({self.pause_below}) must be a number of tokens, 0 or above.")
         if not 0.0 < self.visual_keep_ratio <= 1.0:
             raise ValueError(f"`visual_keep_ratio` ({self.visual_keep_ratio}) must lie in (0, 1].")
+        if self.visual_importance not in VISUAL_IMPORTANCE:
+            raise ValueError(
+                f"`visual_importance` ({self.visual_importance!r}) must be one of {list(VISUAL_IMPORTANCE)}."
+            )
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether visual tokens are left out by the attention they receive."""
+        return self.visual_keep_ratio < 1.0 and self.visual_importance == "attention"
 
     @property
     def num_parameters(self) -> int:

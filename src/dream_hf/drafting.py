@@ -195,12 +195,19 @@ class _Candidates:
         self.parents.append(parents[..., None].expand(-1, -1, children).flatten(1))
 
 
-def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
+def grow_tree(
+    state: DrafterState,
+    head: TargetHead,
+    root_tokens: torch.Tensor,
+    config: DreamConfig,
+    max_depth: int | None = None,
+) -> DraftTree:
     """Draft a tree below each row's last token.
 
     At every level the `tree_top_k` beams of highest cumulative probability are each expanded by their `tree_top_k`
     likeliest tokens; of all expanded nodes the `tree_size` best are kept, and a kept node's parent always is. With the
-    config's thresholds growth stops, and nodes are left out, where they are reached too rarely.
+    config's thresholds growth stops, and nodes are left out, where they are reached too rarely; it also stops where all
+    beams end the text.
 
     Args:
         state (`DrafterState`): A state that has read all verified text; its tentative slots are empty again on return.
@@ -208,30 +215,34 @@ def grow_tree(state: DrafterState, head: TargetHead, root_tokens: torch.Tensor, 
         root_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
         config (`DreamConfig`): `tree_depth`, `tree_top_k`, `tree_size`, `tree_min_level_probability`,
             `tree_min_node_probability` and `draft_threads`.
+        max_depth (`int`, *optional*): Most levels that can be of use, 0 for the root alone; by default `config.tree_depth`.
 
     Returns:
         `DraftTree`: At most `tree_size` nodes and the root, on the state's device.
     """
+    root_tokens = root_tokens.to(state.drafter.device)
+    num_levels = config.tree_depth if max_depth is None else min(max_depth, config.tree_depth)
+    if num_levels < 1:
+        return DraftTree.chain(root_tokens)
     with cpu_threads(config.draft_threads):
-        found = _expand_levels(state, head, config)
-        return _best_tree(found, root_tokens.to(state.drafter.device), config)
+        return _best_tree(_expand_levels(state, head, config, num_levels), root_tokens, config)
 
 
-def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig) -> _Candidates:
+def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, num_levels: int) -> _Candidates:
     """All nodes found on the way down, level by level."""
     found, top_k = _Candidates(), config.tree_top_k
     assert state.root_features is not None  # something has been read
-    num_columns = state.reserve(config.tree_depth * top_k)
+    num_columns = state.reserve(num_levels * top_k)
     lengths = state.tokens.tensor(state.drafter.device)
     level = first_level(head, state.root_features, lengths, num_columns, top_k)
     found.add(level, torch.full_like(level.tokens, -1))
-    for depth in range(1, config.tree_depth):
-        num_beams = _num_promising(level.beams.scores, config)
-        if not num_beams:
+    for depth in range(1, num_levels):
+        promising = _promising(level.beams, head, config)
+        if not promising:
             break
-        parents = level.chosen[:, :num_beams] + found.num_above
-        level = state.next_level(head, level.beams.first(num_beams), depth, top_k)
-        found.add(level, parents)
+        parents = level.chosen if len(promising) == top_k else level.chosen[:, promising]
+        level = state.next_level(head, level.beams.at(promising), depth, top_k)
+        found.add(level, parents + found.num_above)
     state.forget_beams()
     return found
 
@@ -268,15 +279,19 @@ def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.T
     )
 
 
-def _num_promising(beam_scores: torch.Tensor, config: DreamConfig) -> int:
-    """How many of the beams (B, k), best first, to expand by the thresholds of the config.
+def _promising(beams: Beams, head: TargetHead, config: DreamConfig) -> list[int]:
+    """Which of the beams to expand: none where they are reached too rarely together, or all of them end the text.
 
-    0 where the level is reached too rarely. A beam that every row would leave out, with all that is below it, is not
-    worth it.
+    A beam that every row would leave out, with all that is below it, is not worth it. Off the CPU, without thresholds, that
+    is not worth a transfer to the host.
     """
-    if not config.tree_min_level_probability and not config.tree_min_node_probability:
-        return beam_scores.shape[1]
-    rows = [[math.exp(score) for score in row] for row in beam_scores.tolist()]
-    if max(sum(row) for row in rows) < config.tree_min_level_probability:
-        return 0
-    return max(sum(value >= config.tree_min_node_probability for value in row) for row in rows)
+    min_level, min_node = config.tree_min_level_probability, config.tree_min_node_probability
+    if beams.scores.device.type != "cpu" and not min_level and not min_node:
+        return list(range(beams.scores.shape[1]))
+    rows = [
+        [0.0 if token in head.ends else math.exp(score) for token, score in zip(*row, strict=True)]
+        for row in zip(beams.tokens.tolist(), beams.scores.tolist(), strict=True)
+    ]
+    if max(sum(row) for row in rows) < min_level:
+        return []
+    return [beam for beam, values in enumerate(zip(*rows, strict=True)) if (best := max(values)) and best >= min_node]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .attention import attention_entropy, attention_received, observe_attention
-from .compression import DrafterText, compress_text
+from .compression import DrafterText, compress_text, visual_importance
 from .targets import Target
 
 
@@ -156,11 +156,13 @@ class FeatureExtractor:
         target (`Target`): The target; frozen, in evaluation mode.
         selection (`LayerSelection`): Which intermediate features to take.
         keep_ratio (`float`): Share of the visual tokens the drafter keeps.
+        importance (`str`): How visual tokens are ranked, as `DreamConfig.visual_importance` says.
     """
 
     target: Target
     selection: LayerSelection
     keep_ratio: float
+    importance: str = "attention"
     _knows_logits: bool = field(default=False, init=False)
 
     @torch.no_grad()
@@ -195,7 +197,8 @@ class FeatureExtractor:
         made = self.run(inputs, answer_mask) if made is None else made
         device = made.features.device
         real, is_visual = real_tokens(inputs).to(device), self.target.is_visual(inputs["input_ids"]).to(device)
-        text = compress_text(made.embeds.to(device), made.features, real, is_visual, made.received, self.keep_ratio)
+        importance = visual_importance(self.importance, made.features, is_visual, made.received)
+        text = compress_text(made.embeds.to(device), made.features, real, is_visual, importance, self.keep_ratio)
         is_there = torch.arange(text.order.shape[1], device=device) < text.counts[:, None]
         predicts = predictions(answer_mask.to(device), is_visual).gather(1, text.order) & is_there
         token_ids = inputs["input_ids"].to(device).gather(1, text.order).masked_fill(~is_there, 0)
@@ -215,10 +218,11 @@ class FeatureExtractor:
 
     @contextmanager
     def _measuring(self, inputs: dict[str, Any], answer_mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-        """Collect the attention received in the last layer, if visual tokens are to be left out."""
+        """Collect the attention received in the last layer, if visual tokens are to be left out by it."""
         received: list[torch.Tensor] = []
         ids = inputs["input_ids"]
-        if self.keep_ratio >= 1.0 or not bool(self.target.is_visual(ids).any()):
+        is_wanted = self.keep_ratio < 1.0 and self.importance == "attention"
+        if not (is_wanted and bool(self.target.is_visual(ids).any())):
             yield received
             return
         prompts = last_prompts(answer_mask, real_tokens(inputs))

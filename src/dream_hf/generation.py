@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import TreeScope, attention_received, observe_attention, tree_scope
 from .choosing import Chooser, may_remember
-from .compression import compress_text
+from .compression import compress_text, visual_importance
 from .continuation import recall, remember
 from .drafting import DrafterState, TargetHead, grow_tree
 from .modeling_dream import DreamDrafter
@@ -143,6 +143,7 @@ class _Decoding:
             embed=lambda token_ids: target.embed(token_ids.to(self.embed_device)),
             logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
             token_ids=drafter.draft_token_ids,
+            ends=self.ends.eos_token_ids,
         )
 
     # --- the phases ---
@@ -252,10 +253,11 @@ class _Decoding:
     # --- the parts ---
 
     def _draft(self) -> DraftTree:
-        root = self._last_tokens()
+        root, room = self._last_tokens(), self.ends.room(self.texts)
         if self.pausing.is_paused:
             return DraftTree.chain(root)
-        tree = grow_tree(self.state, self.head, root, self.drafter.config)
+        max_depth = None if room is None else room - 1  # the target adds a token
+        tree = grow_tree(self.state, self.head, root, self.drafter.config, max_depth)
         return tree.to(self.texts.ids.device)
 
     def _read_on(self) -> None:
@@ -326,7 +328,7 @@ class _Decoding:
     def _measuring_attention(self, past_length: int) -> Iterator[list[tuple[int, torch.Tensor]]]:
         """Collect what each key of the last layer receives: entries of (last key + 1, attention received (B, K))."""
         received: list[tuple[int, torch.Tensor]] = []
-        is_wanted = self.drafter.config.visual_keep_ratio < 1.0 and bool(self.target.is_visual(self.texts.ids).any())
+        is_wanted = self.drafter.config.needs_attention and bool(self.target.is_visual(self.texts.ids).any())
 
         def observe(module: Any, chunks: Iterator[torch.Tensor]) -> None:
             end = received[-1][0] if received else past_length
@@ -361,14 +363,16 @@ class _Decoding:
             attention = attention[:, -num_tokens:]
         is_visual = self.target.is_visual(prompt_ids[:, -num_tokens:]).to(device)
         # A drafter that goes on has read the first of these tokens, and not its feature.
+        config = self.drafter.config
+        importance = visual_importance(config.visual_importance, features, is_visual, attention)
         unread = slice(1 if self._continue_last_turn(prompt_ids, num_tokens) else 0, None)
         text = compress_text(
             embeds[:, unread],
             features[:, unread],
             real,
             is_visual[:, unread],
-            None if attention is None else attention[:, unread],
-            self.drafter.config.visual_keep_ratio,
+            None if importance is None else importance[:, unread],
+            config.visual_keep_ratio,
         )
         # The first generated token goes right behind each row's last kept one.
         behind = text.counts[:, None]
@@ -379,7 +383,6 @@ class _Decoding:
         positions.scatter_(1, behind, real.sum(-1, keepdim=True))
         kept_features = torch.cat([features[:, : unread.start], text.features], dim=1)
         if self.longest_text is not None:
-            config = self.drafter.config
             self.state.limit(self.longest_text + config.tree_depth * config.tree_top_k + 1)
         self.state.read(kept_embeds, kept_features, positions, (text.counts + 1).tolist())
 

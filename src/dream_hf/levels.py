@@ -21,11 +21,13 @@ class TargetHead:
     """The two ends of the target a drafter borrows: `embed` (ids (...) -> (..., H)) and `logits` ((..., H) -> (..., V)).
 
     With `token_ids` (R,), a reduced draft vocabulary on the drafter's device, `logits` are those of these tokens, (..., R).
+    Below the tokens `ends`, which end a text, nothing need be drafted.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
     logits: Callable[[torch.Tensor], torch.Tensor]
     token_ids: torch.Tensor | None = None
+    ends: frozenset[int] = frozenset()
 
 
 class Beams(NamedTuple):
@@ -37,9 +39,16 @@ class Beams(NamedTuple):
     own: torch.Tensor  # (B, k, 1), the token slots they are written to
     sees: torch.Tensor  # (B, k, columns), the verified tokens, their ancestors and themselves
 
-    def first(self, num_beams: int) -> Beams:
-        """The best of them."""
-        return self if num_beams == self.tokens.shape[1] else Beams(*(part[:, :num_beams] for part in self))
+    def at(self, places: list[int]) -> Beams:
+        """Some of them, closed up."""
+        num_beams = len(places)
+        if num_beams == self.tokens.shape[1]:
+            return self
+        if places[-1] == num_beams - 1:  # the first
+            return Beams(*(part[:, :num_beams] for part in self))
+        old, own = self.own[:, places], self.own[:, :num_beams]
+        sees = self.sees[:, places].scatter_(2, old, False).scatter_(2, own, True)
+        return Beams(self.tokens[:, places], self.scores[:, places], self.features[:, places], own, sees)
 
 
 class Level(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .features import DrafterBatch
 from .losses import distribution_losses, normalize_features, smooth_l1, step_weights
-from .rollout import RolloutStep, roll_out
+from .rollout import RolloutStep, roll_out, sample_starts
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Objective:
     feature_normalization: str = "mid"
     rollout_steps: int = 1
     rollout_decay: float = 0.8
+    rollout_share: float = 1.0
 
     def weights(self) -> dict[str, float]:
         """Weight of each loss that counts, by the name it is logged under."""
@@ -40,7 +41,12 @@ class Objective:
         return {name: weight for name, weight in weights.items() if weight and name != "none"}
 
     def __call__(
-        self, drafter: nn.Module, batch: DrafterBatch, features: Tensor, head: Callable[[Tensor], Tensor]
+        self,
+        drafter: nn.Module,
+        batch: DrafterBatch,
+        features: Tensor,
+        head: Callable[[Tensor], Tensor],
+        generator: torch.Generator | None = None,
     ) -> ObjectiveValue:
         """Run the drafter and sum up its losses.
 
@@ -49,19 +55,25 @@ class Objective:
             batch (`DrafterBatch`): What it reads and where it predicts.
             features (`torch.Tensor` of shape `(B, K, H)`): The target's features as the drafter sees them.
             head (`Callable`): The target's LM head, (n, H) -> logits.
+            generator (`torch.Generator`, *optional*): Chooses the chains that `rollout_share` leaves; without it all are
+                followed.
 
         Returns:
             `ObjectiveValue`
         """
         clean = batch.text.features[batch.predicts].to(features.device)  # (N, H)
         total, parts, drafted = features.new_zeros((), dtype=torch.float32), {}, []
-        decay = step_weights(self.rollout_steps, self.rollout_decay)
-        for step in roll_out(drafter, batch, features, self.rollout_steps):
+        step_weight = step_weights(self.rollout_steps, self.rollout_decay)
+        starts = None
+        if generator is not None and self.rollout_share < 1:
+            starts = sample_starts(batch.predicts, self.rollout_share, generator)
+            step_weight[1:] = [weight / self.rollout_share for weight in step_weight[1:]]
+        for step in roll_out(drafter, batch, features, self.rollout_steps, starts):
             losses = self._losses(step, clean, batch.mid, head)
             for name, weight in self.weights().items():
                 if name in losses:
                     summed = losses[name].sum()
-                    total = total + decay[step.index] * weight * summed
+                    total = total + step_weight[step.index] * weight * summed
                     suffix = f"_step_{step.index}" if step.index else ""
                     parts[f"loss_{name}{suffix}"] = (summed.detach(), len(losses[name]))
             drafted.append(step)

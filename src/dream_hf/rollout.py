@@ -65,7 +65,11 @@ class StepCache:
 
 
 def roll_out(
-    drafter: nn.Module, batch: DrafterBatch, features: torch.Tensor, num_steps: int = 1
+    drafter: nn.Module,
+    batch: DrafterBatch,
+    features: torch.Tensor,
+    num_steps: int = 1,
+    starts: torch.Tensor | None = None,
 ) -> Iterator[RolloutStep]:
     """Run `num_steps` steps of the drafter over a batch.
 
@@ -74,6 +78,8 @@ def roll_out(
         batch (`DrafterBatch`): The text and where it predicts.
         features (`torch.Tensor` of shape `(B, K, H)`): The target's features as the drafter sees them, noise included.
         num_steps (`int`): How many steps.
+        starts (`torch.BoolTensor` of shape `(B, K)`, *optional*): Below which of the positions that predict chains are
+            followed; by default all of them.
 
     Yields:
         `RolloutStep`
@@ -90,7 +96,7 @@ def roll_out(
     if num_steps == 1:
         return
 
-    chains = _Chains.below(predicts)
+    chains = _Chains.below(predicts, predicts if starts is None else starts)
     hidden = _rows(hidden, chains.bases)
     for step in range(1, num_steps):
         cache = cache.next_step()  # type: ignore[union-attr]
@@ -108,6 +114,16 @@ def roll_out(
         )
 
 
+def sample_starts(predicts: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """A share of the positions `predicts` (B, K), evenly spaced in each row from a random one on: (B, K).
+
+    Each position is as likely as any other, so a sum over those chosen, divided by `share`, estimates the sum over all.
+    """
+    offsets = torch.rand(len(predicts), 1, generator=generator, device=predicts.device)
+    passed = predicts.cumsum(-1) * share + offsets  # each whole number that it passes chooses one
+    return predicts & (passed.floor() > (passed - share).floor())
+
+
 @dataclass(frozen=True)
 class _Chains:
     """Where chains start: `bases` (B, M) columns, `is_base` (B, M) and `numbers` (B, M) of their predictions."""
@@ -118,11 +134,12 @@ class _Chains:
     numbers: torch.Tensor
 
     @classmethod
-    def below(cls, predicts: torch.Tensor) -> _Chains:
-        order, counts = left_aligned(predicts)
+    def below(cls, predicts: torch.Tensor, starts: torch.Tensor) -> _Chains:
+        order, counts = left_aligned(starts)
         slots = torch.arange(max(int(counts.max()), 1), device=predicts.device)
-        starts = counts.cumsum(0) - counts
-        return cls(predicts, order[:, : len(slots)], slots < counts[:, None], starts[:, None] + slots)
+        bases = order[:, : len(slots)]
+        numbers = (predicts.flatten().cumsum(0) - 1).view_as(predicts)
+        return cls(predicts, bases, slots < counts[:, None], numbers.gather(1, bases))
 
     def at_depth(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which chains still predict an answer token at `depth`, and their columns there, (B, M) each."""

@@ -80,6 +80,12 @@ class Target:
             )
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text, by the target's generation config."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    @property
     def last_attention(self) -> nn.Module:
         """The attention module of the last decoder layer."""
         return self.decoder.layers[-1].self_attn

@@ -75,6 +75,10 @@ class Ends:
         limits = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
         self.max_length = min(limits) if limits else None
 
+    def room(self, texts: Texts) -> int | None:
+        """How many tokens the shortest row may still gain, or None without a limit."""
+        return None if self.max_length is None else self.max_length - min(texts.lengths)
+
     @property
     def end(self) -> int | None:
         """Length at which the last row met a criterion, or None while one has not."""

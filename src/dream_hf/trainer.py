@@ -109,8 +109,9 @@ class DreamTrainer(WholeCheckpointTrainer):
         )
         self.target = Target(freeze(target, args))
         self.objective = make_objective(args)
+        config = self._config
         self.extractor = FeatureExtractor(
-            self.target, make_selection(args, self.target), self._config.visual_keep_ratio
+            self.target, make_selection(args, self.target), config.visual_keep_ratio, config.visual_importance
         )
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._num_batches = 0
@@ -238,8 +239,9 @@ class DreamTrainer(WholeCheckpointTrainer):
         batch = self._to_device(self._drafter_batch(inputs))
         lengths = (batch.text.positions.gather(1, batch.text.counts[:, None] - 1) + 1)[:, 0]
         features = batch.text.features.to(next(model.parameters()).dtype)
-        features = add_noise(features, lengths, self.args.feature_noise, self._noise_generator(features.device))
-        value = self.objective(model, batch, features, self.logits)
+        generator = self._generator(features.device)
+        features = add_noise(features, lengths, self.args.feature_noise, generator)
+        value = self.objective(model, batch, features, self.logits, generator)
         self._record(value, batch)
         num_items = batch.predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         # Processes average their gradients, and what is wanted is the sum.
@@ -285,7 +287,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         """Of the drafter: six per weight and token."""
         num_weights = sum(parameter.numel() for parameter in self.model.parameters())
         ids = inputs["token_ids" if "token_ids" in inputs else "input_ids"]
-        return 6 * num_weights * ids.numel() * self.args.rollout_steps
+        return round(6 * num_weights * ids.numel() * (1 + self.args.rollout_share * (self.args.rollout_steps - 1)))
 
     def _to_device(self, batch: DrafterBatch) -> DrafterBatch:
         device = self.args.device
@@ -293,7 +295,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         mid = None if batch.mid is None else batch.mid.to(device)
         return DrafterBatch(text, batch.token_ids.to(device), batch.predicts.to(device), mid)
 
-    def _noise_generator(self, device: torch.device) -> torch.Generator:
+    def _generator(self, device: torch.device) -> torch.Generator:
         """Random numbers of their own for each batch, whatever ran before: a resumed run draws the same."""
         place = (self.args.seed, self.state.global_step, self._num_batches_in_step(), self.args.process_index)
         seed = int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=7).digest(), "big")
@@ -368,7 +370,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         drafter, was_training = self._whole_drafter(), self.model.training
         drafter.eval()
         counts = AcceptanceCounts(drafter.config.tree_depth)
-        head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids)
+        head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids, self.target.end_ids)
         loss, num_items = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
         for raw_inputs in dataloader:
             inputs = self._prepare_inputs(raw_inputs)

@@ -55,6 +55,8 @@ def prepare_drafter(drafter: Any, args: DreamTrainingArguments, peft_config: Any
     config = unwrap(drafter).config
     if args.visual_keep_ratio is not None:
         config.visual_keep_ratio = args.visual_keep_ratio  # so that decoding leaves out what training left out
+    if args.visual_importance is not None:
+        config.visual_importance = args.visual_importance
     if unwrap(drafter).dtype in (torch.float16, torch.bfloat16):
         logger.warning(
             f"The drafter's weights ({unwrap(drafter).dtype}) are trained and saved in float32, in which small updates are "
@@ -149,5 +151,6 @@ def describe_features(
         "data": fingerprint_rows(data.source.rows, len(data)),
         "feature_selection": [extractor.selection.mode, *extractor.selection.layers],
         "visual_keep_ratio": extractor.keep_ratio,
+        "visual_importance": extractor.importance,
         "max_length": max_length,
     }

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from .configuration_dream import VISUAL_IMPORTANCE
+
 FeatureSelection = Literal["token", "sample", "static", "none"]
 AcceptanceLoss = Literal["none", "tv", "nla"]
 FeatureNormalization = Literal["none", "mid", "all"]
@@ -53,10 +55,15 @@ class DreamTrainingArguments(TrainingArguments):
         visual_keep_ratio (`float`, *optional*):
             Share of the visual tokens that the drafter sees; by default `drafter.config.visual_keep_ratio`, as in
             decoding.
+        visual_importance (`"attention"` or `"novelty"`, *optional*):
+            How visual tokens are ranked; by default `drafter.config.visual_importance`.
         rollout_steps (`int`, defaults to 1):
             Steps in which the drafter is trained on its own features of the step before, as it meets them in decoding
             (HASS, EAGLE-3); 1 is the paper's.
         rollout_decay (`float`, defaults to 0.8): Step k weighs `rollout_decay**k`.
+        rollout_share (`float`, defaults to 1.0):
+            Share of the answer positions below which the later steps are run, chosen anew for every batch and weighted so
+            that the loss is the same on average. Deep rollouts (`rollout_steps` 16, say) need 0.1 to 0.2 to be cheap.
 
     What may be drafted:
         draft_vocab_size (`int`, *optional*):
@@ -110,8 +117,12 @@ class DreamTrainingArguments(TrainingArguments):
     visual_keep_ratio: float | None = _argument(
         None, "Share of the visual tokens that the drafter sees; by default that of its config, as in decoding."
     )
+    visual_importance: str | None = _argument(
+        None, "How visual tokens are ranked, attention or novelty; by default as the drafter's config says."
+    )
     rollout_steps: int = _argument(1, "Training steps fed with the drafter's own features; 1 is the paper's.")
     rollout_decay: float = _argument(0.8, "Step k of a rollout weighs rollout_decay**k.")
+    rollout_share: float = _argument(1.0, "Share of the answer positions that rollouts start from, chosen at random.")
 
     # -- what may be drafted
     draft_vocab_size: int | None = _argument(
@@ -162,7 +173,7 @@ class DreamTrainingArguments(TrainingArguments):
         self._require(1, math.inf, "rollout_steps", "early_stopping_patience", "static_layer_index")
         self._require(2, math.inf, "max_length")
         self._require(1, math.inf, "draft_vocab_size")
-        for name in ("static_layer_depth", "candidate_depth", "visual_keep_ratio", "rollout_decay"):
+        for name in ("static_layer_depth", "candidate_depth", "visual_keep_ratio", "rollout_decay", "rollout_share"):
             self._require(0, 1, name, is_open_below=True)
         self._require(0, math.inf, "feature_cache_max_gb", is_open_below=True)
         weights = [self.final_feature_loss_weight, self.kl_loss_weight]
@@ -186,6 +197,10 @@ class DreamTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` ({value}) must be {lower} and {upper}.")
 
     def _check_selection(self) -> None:
+        if self.visual_importance is not None and self.visual_importance not in VISUAL_IMPORTANCE:
+            raise ValueError(
+                f"`visual_importance` ({self.visual_importance!r}) must be one of {list(VISUAL_IMPORTANCE)}."
+            )
         self._require_choice("feature_selection", FeatureSelection)
         self._require_choice("acceptance_loss", AcceptanceLoss)
         self._require_choice("feature_normalization", FeatureNormalization)

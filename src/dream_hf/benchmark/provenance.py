@@ -60,7 +60,7 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 def _drafting(drafter: DreamDrafter) -> dict[str, Any]:
     """Everything in the drafter's config that decoding depends on."""
-    names = ("visual_keep_ratio", "pause_below", "compile", "draft_threads", "draft_vocab_size")
+    names = ("visual_keep_ratio", "visual_importance", "pause_below", "compile", "draft_threads", "draft_vocab_size")
     trees = [name for name in drafter.config.to_dict() if name.startswith("tree_")]
     return {name: getattr(drafter.config, name) for name in (*trees, *names)}
 

@@ -49,6 +49,8 @@ def _facts(provenance: Mapping[str, Any]) -> list[str]:
     if drafter is not None:
         tree = f"{drafter['tree_depth']}/{drafter['tree_top_k']}/{drafter['tree_size']}"
         keep = f"{drafter['visual_keep_ratio']:.0%} of the visual tokens kept"
+        if drafter["visual_keep_ratio"] < 1 and "visual_importance" in drafter:
+            keep += f" by {drafter['visual_importance']}"
         facts += [f"Drafter {_model(drafter)}, {drafter['dtype']}, tree depth/top-k/size {tree}, {keep}"]
     if provenance.get("assistant"):
         facts += [f"Assistant {_model(provenance['assistant'])}"]

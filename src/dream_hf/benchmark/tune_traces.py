@@ -79,12 +79,14 @@ class _Tracer:
             self.configs[top_k] = full
         self.found: dict[int, list[_FullTree]] = {top_k: [] for top_k in space.top_ks}
 
-    def grow(self, state: DrafterState, head: TargetHead, roots: torch.Tensor, config: DreamConfig) -> DraftTree:
+    def grow(
+        self, state: DrafterState, head: TargetHead, roots: torch.Tensor, config: DreamConfig, max_depth: int | None
+    ) -> DraftTree:
         """Stands in for `grow_tree`: a tree of the root alone, so that the step gains one token."""
         for top_k, full in self.configs.items():
             scores: list[torch.Tensor] = []
             tree = grow_tree(state, _with_scores(head, top_k, scores), roots, full)
-            self.found[top_k].append(_FullTree(tree, scores, top_k))
+            self.found[top_k].append(_FullTree(tree, scores, top_k, head.ends))
         return DraftTree.chain(roots)
 
     def traces(self, answer: list[int]) -> dict[int, Trace]:
@@ -103,20 +105,23 @@ class _Tracer:
 
 
 def _with_scores(head: TargetHead, top_k: int, scores: list[torch.Tensor]) -> TargetHead:
-    """The same head, that notes the log-probabilities (beams, k) of the likeliest successors, level by level."""
+    """The same head, that notes the log-probabilities (beams, k) of the likeliest successors, level by level.
+
+    It lets trees grow on below ends, so that all have the same nodes.
+    """
 
     def logits(features: torch.Tensor) -> torch.Tensor:
         values = head.logits(features)
         scores.append(values[0].log_softmax(-1).topk(top_k, dim=-1).values.cpu())
         return values
 
-    return replace(head, logits=logits)
+    return replace(head, logits=logits, ends=frozenset())
 
 
 class _FullTree:
     """All nodes of a tree with their scores, in the order they were found: level by level, beam by beam."""
 
-    def __init__(self, tree: DraftTree, scores: list[torch.Tensor], top_k: int):
+    def __init__(self, tree: DraftTree, scores: list[torch.Tensor], top_k: int, ends: frozenset[int]):
         self.tokens, self.parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
         own = np.concatenate([level.double().flatten().numpy() for level in scores])
         if len(own) + 1 != len(self.tokens):
@@ -130,12 +135,10 @@ class _FullTree:
         levels = np.searchsorted(self.ends, np.arange(len(own)), side="right")
         self.scores = total[1:] - LEVEL_PRICE * levels
         starts = [0, *self.ends[:-1]]
-        # As growth sees it: the probability of the top-k nodes of a level together.
+        # As growth sees it: the probability of the top-k nodes of a level together, of those that do not end the text.
+        probabilities = np.where(np.isin(self.tokens[1:], list(ends)), 0.0, self.probabilities)
         self.promise = np.array(
-            [
-                np.sort(self.probabilities[start:end])[-top_k:].sum()
-                for start, end in zip(starts, self.ends, strict=True)
-            ]
+            [np.sort(probabilities[start:end])[-top_k:].sum() for start, end in zip(starts, self.ends, strict=True)]
         )
 
     def ranked(self, num_nodes: int) -> np.ndarray:
