@@ -240,9 +240,9 @@ def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, n
         promising = _promising(level.beams, head, config)
         if not promising:
             break
-        parents = level.chosen if len(promising) == top_k else level.chosen[:, promising]
-        level = state.next_level(head, level.beams.at(promising), depth, top_k)
-        found.add(level, parents + found.num_above)
+        expanded = level.only(promising)
+        level = state.next_level(head, expanded.beams, depth, top_k)
+        found.add(level, expanded.chosen + found.num_above)
     state.forget_beams()
     return found
 

@@ -7,6 +7,7 @@ and the rotary angles of all levels of a tree are computed together. `tests/test
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -144,13 +145,13 @@ class _CrossBlock:
         keys = self.key_norm(attention.heads(attention.key(features)))
         values = attention.heads(attention.value(features))
         attended = attention.attend(queries, keys, values, scene.sees_features, scene.cache)
-        hidden = hidden + self.attention_gate * attention.out(attended.transpose(1, 2).flatten(2))
-        return hidden + self.mlp_gate * self.mlp(self.mlp_norm(hidden))
+        hidden = torch.addcmul(hidden, self.attention_gate, attention.out(attended.transpose(1, 2).flatten(2)))
+        return torch.addcmul(hidden, self.mlp_gate, self.mlp(self.mlp_norm(hidden)))
 
 
 def _rotate(states: torch.Tensor, scene: _Scene) -> torch.Tensor:
     """Rotary embedding of (B, heads, T, head_dim): dimension i pairs with i + head_dim / 2."""
-    return states * scene.cos + states.roll(states.shape[-1] // 2, dims=-1) * scene.sin
+    return torch.addcmul(states * scene.cos, states.roll(states.shape[-1] // 2, dims=-1), scene.sin)
 
 
 def _function(module: nn.Module) -> Function:
@@ -158,8 +159,20 @@ def _function(module: nn.Module) -> Function:
     if isinstance(module, nn.Linear):
         return partial(linear, weight=module.weight, bias=module.bias)
     if isinstance(module, nn.RMSNorm):
+        if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+            root = math.sqrt(module.weight.numel())
+            return partial(_norm_on_cpu, weight=module.weight * root, floor=torch.tensor(root * math.sqrt(module.eps)))
         return partial(rms_norm, normalized_shape=module.normalized_shape, weight=module.weight, eps=module.eps)
     return module  # identity
+
+
+def _norm_on_cpu(hidden: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """RMS norm in half the time of PyTorch's, which has no kernel of its own there.
+
+    With n entries, `weight` is sqrt(n) times the norm's and `floor` is sqrt(n * eps).
+    """
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return hidden / torch.hypot(length, floor) * weight
 
 
 def _is_plain(module: nn.Module) -> bool:

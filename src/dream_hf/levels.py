@@ -44,7 +44,7 @@ class Beams(NamedTuple):
         num_beams = len(places)
         if num_beams == self.tokens.shape[1]:
             return self
-        if places[-1] == num_beams - 1:  # the first
+        if places[-1] == num_beams - 1:  # the first: views
             return Beams(*(part[:, :num_beams] for part in self))
         old, own = self.own[:, places], self.own[:, :num_beams]
         sees = self.sees[:, places].scatter_(2, old, False).scatter_(2, own, True)
@@ -58,6 +58,14 @@ class Level(NamedTuple):
     scores: torch.Tensor  # (B, n)
     chosen: torch.Tensor  # (B, k), which of them are the beams
     beams: Beams
+
+    def only(self, places: list[int]) -> Level:
+        """The level with some of its beams."""
+        if len(places) == self.chosen.shape[1]:
+            return self
+        is_first = places[-1] == len(places) - 1
+        chosen = self.chosen[:, : len(places)] if is_first else self.chosen[:, places]
+        return self._replace(chosen=chosen, beams=self.beams.at(places))
 
 
 def first_level(
