@@ -134,12 +134,11 @@ def test_beams_closed_up_see_what_they_saw():
     own = torch.arange(20, 24).view(1, 4, 1).repeat(2, 1, 1)
     ancestors = torch.rand(2, 4, 30) < 0.5
     ancestors[..., 20:] = False
-    beams = Beams(
-        torch.arange(8).view(2, 4), torch.rand(2, 4), torch.rand(2, 4, 3), own, ancestors.scatter(2, own, True)
-    )
+    sees = ancestors.scatter(2, own, True)
+    beams = Beams(torch.arange(8).view(2, 4), torch.rand(2, 4), torch.rand(2, 4, 3), sees, own)
     for places in ([0, 1, 2, 3], [0, 1], [1], [0, 2], [1, 2, 3]):
         some = beams.at(places)
         assert torch.equal(some.tokens, beams.tokens[:, places]) and torch.equal(some.scores, beams.scores[:, places])
         assert torch.equal(some.features, beams.features[:, places])
-        assert torch.equal(some.own, own[:, : len(places)])
-        assert torch.equal(some.sees, ancestors[:, places].scatter(2, some.own, True))
+        assert torch.equal(some.own, own)
+        assert torch.equal(some.sees, ancestors[:, places].scatter(2, own[:, : len(places)], True))

@@ -106,8 +106,9 @@ class DrafterState:
         `sees` (B, k, columns) tells which slots each beam sees: the verified ones, its ancestors' and its own.
         """
         assert self.root_positions is not None  # something has been read
-        positions = (self.root_positions + level).expand(-1, embeds.shape[1])
-        hidden = self._forward(embeds, features, sees, positions, self.angles_of(level, embeds))
+        angles = self.angles_of(level, embeds)
+        positions = self.root_positions if angles else (self.root_positions + level).expand(-1, embeds.shape[1])
+        hidden = self._forward(embeds, features, sees, positions, angles)
         self.extend(embeds.shape[1])
         return hidden
 
@@ -179,20 +180,31 @@ class DrafterState:
 
 @dataclass
 class _Candidates:
-    """All expanded nodes so far, in order of levels: tokens, cumulative log-probabilities and parents, (B, n) per level."""
+    """All expanded nodes so far, in order of levels: tokens and cumulative log-probabilities (B, n) of each level.
+
+    `beams` (B, b) of a level are those it comes from, as places in the level above, and -1 for the root.
+    """
 
     tokens: list[torch.Tensor] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
-    parents: list[torch.Tensor] = field(default_factory=list)  # index among the candidates, -1 for the root
-    num_above: int = 0  # candidates above the last level
+    beams: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, level: Level, parents: torch.Tensor) -> None:
-        """Add a level, whose nodes are the children of `parents` (B, beams), equally many of each."""
-        self.num_above += self.tokens[-1].shape[1] if self.tokens else 0
+    def add(self, level: Level, beams: torch.Tensor) -> None:
+        """Add a level, whose nodes are the children of `beams` (B, b), equally many of each."""
         self.tokens.append(level.tokens)
         self.scores.append(level.scores)
-        children = level.tokens.shape[1] // parents.shape[1]
-        self.parents.append(parents[..., None].expand(-1, -1, children).flatten(1))
+        self.beams.append(beams)
+
+    def parents(self) -> torch.Tensor:
+        """Parent of each candidate among all of them, -1 for the root: (B, C)."""
+        starts, above = [0], 0  # where the level above a level starts
+        for tokens in self.tokens[:-1]:
+            starts.append(above)
+            above += tokens.shape[1]
+        beams = torch.cat(self.beams, dim=1)
+        start = [start for start, level in zip(starts, self.beams, strict=True) for _ in range(level.shape[1])]
+        children = self.tokens[0].shape[1]
+        return (beams + torch.tensor(start, device=beams.device))[..., None].expand(-1, -1, children).flatten(1)
 
 
 def grow_tree(
@@ -235,14 +247,14 @@ def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, n
     num_columns = state.reserve(num_levels * top_k)
     lengths = state.tokens.tensor(state.drafter.device)
     level = first_level(head, state.root_features, lengths, num_columns, top_k)
-    found.add(level, torch.full_like(level.tokens, -1))
+    found.add(level, torch.full_like(level.tokens[:, :1], -1))
     for depth in range(1, num_levels):
         promising = _promising(level.beams, head, config)
         if not promising:
             break
         expanded = level.only(promising)
         level = state.next_level(head, expanded.beams, depth, top_k)
-        found.add(level, expanded.chosen + found.num_above)
+        found.add(level, expanded.chosen)
     state.forget_beams()
     return found
 
@@ -258,7 +270,7 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfi
         num_nodes = max(int(is_likely.sum(-1).max()), 1)
     chosen = best.indices[:, :num_nodes].sort(dim=-1).values
     tokens = torch.cat(found.tokens, dim=1).gather(1, chosen)
-    parents = torch.cat(found.parents, dim=1).gather(1, chosen)
+    parents = found.parents().gather(1, chosen)
 
     # Node index of every candidate: 0 for the root, kept at the end so that parent -1 finds it.
     nodes = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.long, device=scores.device)

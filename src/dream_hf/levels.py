@@ -31,13 +31,13 @@ class TargetHead:
 
 
 class Beams(NamedTuple):
-    """The k nodes of a level that are expanded, in each of B rows."""
+    """The n nodes of a level that are expanded, at most k, in each of B rows."""
 
-    tokens: torch.Tensor  # (B, k)
-    scores: torch.Tensor  # (B, k), cumulative log-probabilities
-    features: torch.Tensor  # (B, k, H), their parents'
-    own: torch.Tensor  # (B, k, 1), the token slots they are written to
-    sees: torch.Tensor  # (B, k, columns), the verified tokens, their ancestors and themselves
+    tokens: torch.Tensor  # (B, n)
+    scores: torch.Tensor  # (B, n), cumulative log-probabilities
+    features: torch.Tensor  # (B, n, H), their parents'
+    sees: torch.Tensor  # (B, n, columns), the verified tokens, their ancestors and themselves
+    own: torch.Tensor  # (B, k, 1), the token slots for k beams, the first n of which these are written to
 
     def at(self, places: list[int]) -> Beams:
         """Some of them, closed up."""
@@ -45,10 +45,10 @@ class Beams(NamedTuple):
         if num_beams == self.tokens.shape[1]:
             return self
         if places[-1] == num_beams - 1:  # the first: views
-            return Beams(*(part[:, :num_beams] for part in self))
-        old, own = self.own[:, places], self.own[:, :num_beams]
-        sees = self.sees[:, places].scatter_(2, old, False).scatter_(2, own, True)
-        return Beams(self.tokens[:, places], self.scores[:, places], self.features[:, places], own, sees)
+            return Beams(*(part[:, :num_beams] for part in self[:-1]), self.own)
+        old, new = self.own[:, places], self.own[:, :num_beams]
+        sees = self.sees[:, places].scatter_(2, old, False).scatter_(2, new, True)
+        return Beams(self.tokens[:, places], self.scores[:, places], self.features[:, places], sees, self.own)
 
 
 class Level(NamedTuple):
@@ -81,8 +81,7 @@ def first_level(
 def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> Level:
     """The children of `beams`, whose features are `hidden` (B, k, H), `top_k` of each."""
     scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, top_k) each
-    own = beams.own[:, -1:] + torch.arange(1, top_k + 1, device=hidden.device)[:, None]
-    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, own)
+    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + beams.tokens.shape[1])
 
 
 def _choose(
@@ -93,13 +92,17 @@ def _choose(
     own: torch.Tensor,  # (B, k, 1)
 ) -> Level:
     """The k best of the nodes become the next beams: each sees what its parent saw, and itself."""
-    top_k = tokens.shape[-1]
+    num_parents, top_k = tokens.shape[1:]
     tokens, scores = tokens.flatten(1), scores.flatten(1)
+    if num_parents == 1:  # its children are all there is, the likeliest first
+        chosen = torch.arange(top_k, device=tokens.device).expand_as(tokens)
+        features, sees = hidden.expand(-1, top_k, -1), sees.expand(-1, top_k, -1).scatter(2, own, True)
+        return Level(tokens, scores, chosen, Beams(tokens, scores, features, sees, own))
     beam_scores, chosen = scores.topk(top_k, dim=-1)
     parents = (chosen // top_k)[..., None]
     features = hidden.gather(1, parents.expand(-1, -1, hidden.shape[-1]))
     sees = sees.gather(1, parents.expand(-1, -1, sees.shape[-1])).scatter_(2, own, True)
-    return Level(tokens, scores, chosen, Beams(tokens.gather(1, chosen), beam_scores, features, own, sees))
+    return Level(tokens, scores, chosen, Beams(tokens.gather(1, chosen), beam_scores, features, sees, own))
 
 
 def lean_level(
