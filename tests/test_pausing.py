@@ -132,7 +132,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, sequences: torch.Tensor, mask: torch.
     starts = (mask == 0).sum(1).tolist()
     turns = iter(range(10_000))
 
-    def grow(state: DrafterState, head: Any, roots: torch.Tensor, config: DreamConfig) -> DraftTree:
+    def grow(state: DrafterState, head: Any, roots: torch.Tensor, config: DreamConfig, max_depth: int) -> DraftTree:
         turn = next(turns)
         tokens = roots.new_full((len(roots), 4), 3)
         tokens[:, :1] = roots

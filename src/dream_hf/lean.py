@@ -160,8 +160,9 @@ def _function(module: nn.Module) -> Function:
         return partial(linear, weight=module.weight, bias=module.bias)
     if isinstance(module, nn.RMSNorm):
         if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
-            root = math.sqrt(module.weight.numel())
-            return partial(_norm_on_cpu, weight=module.weight * root, floor=torch.tensor(root * math.sqrt(module.eps)))
+            size, eps = module.weight.numel(), module.eps
+            floor = torch.tensor(math.sqrt(size * (torch.finfo(torch.float32).eps if eps is None else eps)))
+            return partial(_norm_on_cpu, weight=module.weight * math.sqrt(size), floor=floor)
         return partial(rms_norm, normalized_shape=module.normalized_shape, weight=module.weight, eps=module.eps)
     return module  # identity
 

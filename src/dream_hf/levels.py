@@ -45,7 +45,8 @@ class Beams(NamedTuple):
         if num_beams == self.tokens.shape[1]:
             return self
         if places[-1] == num_beams - 1:  # the first: views
-            return Beams(*(part[:, :num_beams] for part in self[:-1]), self.own)
+            tokens, scores, features, sees = (part[:, :num_beams] for part in self[:-1])
+            return Beams(tokens, scores, features, sees, self.own)
         old, new = self.own[:, places], self.own[:, :num_beams]
         sees = self.sees[:, places].scatter_(2, old, False).scatter_(2, new, True)
         return Beams(self.tokens[:, places], self.scores[:, places], self.features[:, places], sees, self.own)
