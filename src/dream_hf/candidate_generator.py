@@ -141,8 +141,9 @@ class DreamCandidateGenerator(CandidateGenerator):
             received = torch.nn.functional.pad(received, (num_tokens - received.shape[1], 0))
         is_visual = self.target.is_visual(input_ids[:, -num_tokens - 1 : -1]).to(device)
         config = self.drafter.config
-        importance = visual_importance(config.visual_importance, features, is_visual, received)
-        text = compress_text(embeds, features, real.bool(), is_visual, importance, config.visual_keep_ratio)
+        ratio = config.visual_keep_ratio
+        importance = visual_importance(config.visual_importance, ratio, features, is_visual, received)
+        text = compress_text(embeds, features, real.bool(), is_visual, importance, ratio)
         first = self.head.embed(input_ids[:, -1:]).to(device, embeds.dtype)
         self.state.read(
             torch.cat([text.embeds, first], dim=1),

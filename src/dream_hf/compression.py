@@ -59,17 +59,20 @@ def compress_text(
 
 
 def visual_importance(
-    kind: str, features: torch.Tensor, is_visual: torch.Tensor, received: torch.Tensor | None
+    kind: str, keep_ratio: float, features: torch.Tensor, is_visual: torch.Tensor, received: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Importance (B, T) of the tokens by `DreamConfig.visual_importance`, or None where no attention was measured.
+    """Importance (B, T) of the tokens by `DreamConfig.visual_importance`; None where nothing is to be left out by it.
 
     Args:
         kind (`str`): `"attention"` or `"novelty"`.
+        keep_ratio (`float`): Share of the visual tokens to keep.
         features (`torch.Tensor` of shape `(B, T, H)`): The target's last features.
         is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
         received (`torch.Tensor` of shape `(B, T)`, *optional*): Attention each token receives from the prompt's queries
             in the target's last layer, if it was measured.
     """
+    if keep_ratio >= 1.0:
+        return None
     return novelty(features, is_visual) if kind == "novelty" else received
 
 

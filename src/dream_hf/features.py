@@ -197,7 +197,7 @@ class FeatureExtractor:
         made = self.run(inputs, answer_mask) if made is None else made
         device = made.features.device
         real, is_visual = real_tokens(inputs).to(device), self.target.is_visual(inputs["input_ids"]).to(device)
-        importance = visual_importance(self.importance, made.features, is_visual, made.received)
+        importance = visual_importance(self.importance, self.keep_ratio, made.features, is_visual, made.received)
         text = compress_text(made.embeds.to(device), made.features, real, is_visual, importance, self.keep_ratio)
         is_there = torch.arange(text.order.shape[1], device=device) < text.counts[:, None]
         predicts = predictions(answer_mask.to(device), is_visual).gather(1, text.order) & is_there

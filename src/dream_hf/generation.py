@@ -362,9 +362,10 @@ class _Decoding:
                 attention[:, end - part.shape[1] : end] += part.to(device)
             attention = attention[:, -num_tokens:]
         is_visual = self.target.is_visual(prompt_ids[:, -num_tokens:]).to(device)
-        # A drafter that goes on has read the first of these tokens, and not its feature.
         config = self.drafter.config
-        importance = visual_importance(config.visual_importance, features, is_visual, attention)
+        ratio = config.visual_keep_ratio
+        importance = visual_importance(config.visual_importance, ratio, features, is_visual, attention)
+        # A drafter that goes on has read the first of these tokens, and not its feature.
         unread = slice(1 if self._continue_last_turn(prompt_ids, num_tokens) else 0, None)
         text = compress_text(
             embeds[:, unread],
@@ -372,7 +373,7 @@ class _Decoding:
             real,
             is_visual[:, unread],
             None if importance is None else importance[:, unread],
-            config.visual_keep_ratio,
+            ratio,
         )
         # The first generated token goes right behind each row's last kept one.
         behind = text.counts[:, None]
