@@ -118,13 +118,18 @@ class DrafterState:
         if self.compiled is None:
             embeds = head.embed(beams.tokens).to(like.device, like.dtype)
             return next_level(head, beams, self.beams(embeds, like, beams.sees, depth), top_k)
-        num_beams = beams.tokens.shape[1]
-        num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
-        level = self.compiled(self.lean, self.cache, head, beams, self.angles_of(depth, like), num_columns, top_k)
-        self.extend(num_beams)
+        level = self._compiled_level(head, beams, depth, top_k)
+        self.extend(beams.tokens.shape[1])
         if like.device.type == "cpu":
             return level
         return tree_map(torch.clone, level)  # a captured graph writes its next results over these
+
+    def _compiled_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+        num_beams, angles = beams.tokens.shape[1], self.angles_of(depth, beams.features)
+        if num_beams < top_k:  # views: other strides would be another graph
+            beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))
+        num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
+        return self.compiled(self.lean, self.cache, head, beams, angles, num_columns, top_k)  # type: ignore[misc]
 
     def extend(self, num_beams: int) -> None:
         """Take note that a level has been written to the tentative slots."""
