@@ -14,6 +14,7 @@ import pytest
 import torch
 from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
+from transformers import CompileConfig
 
 from dream_hf import drafting, generation
 from dream_hf.benchmark import METHODS, Settings, load_prompts, make_methods, run_benchmark
@@ -26,6 +27,7 @@ from dream_hf.benchmark.public_sets import PUBLIC_SETS, with_choices
 from dream_hf.benchmark.shares import OwnerClock, time_shares, watching
 from dream_hf.benchmark.statistics import bootstrap_interval, median_of, median_ratio, ratio_of_totals, summarize
 from dream_hf.benchmark.syncs import MESSAGE, count_syncs
+from dream_hf.compiling import _compiled
 from dream_hf.demo import make_rows
 from dream_hf.drafting import TargetHead
 from dream_hf.lean import lean_drafter
@@ -465,6 +467,19 @@ def test_clocks_leave_the_drafter_its_fast_path(target, drafter, tmp_path, monke
     time_shares(target, encoder, tree, prompts(1), 10)
     profile_steps(target, encoder, tree, prompts(1)[0], 10, tmp_path / "trace.json")
     assert len(found) == 4 and None not in found
+
+
+def test_compiled_forwards_are_clocked_and_stay_compiled(target, drafter, tmp_path):
+    methods = make_methods(["dream_tree"], target, drafter)
+    arguments = {**methods[1].arguments, "compile_config": CompileConfig(backend="eager", fullgraph=True)}
+    tree, encoder = replace(methods[1], arguments=arguments), PromptEncoder(tiny_processor())
+    with torch._dynamo.config.patch(recompile_limit=64):
+        shares = time_shares(target, encoder, tree, prompts(1), 10)
+        profile = profile_steps(target, encoder, tree, prompts(1)[0], 10)
+    assert shares["drafter"] > 0 and shares["target"] > 0
+    assert profile["milliseconds_per_step"]["drafter forward"] > profile["milliseconds_per_step"]["tree growth"]
+    compiled = [*_compiled[drafter].values(), *_compiled[target].values()]
+    assert len(compiled) >= 2 and not any(each.is_broken for each in compiled)
 
 
 def test_every_forward_is_clocked(target, drafter, monkeypatch):

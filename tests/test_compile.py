@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import logging
 import weakref
 
@@ -15,9 +16,10 @@ from lossless import CHAIN, SMALL_TREE, assert_same_tokens, gains, generate, ora
 from torch import nn
 from transformers import CompileConfig, DynamicCache
 
-from dream_hf import compiling
+from dream_hf import compiling, drafting
 from dream_hf.caches import SlotLayer, Slots
 from dream_hf.compiling import Settings, compiled_function, pad_tree, padded_count
+from dream_hf.levels import Beams
 from dream_hf.static_caches import BUCKET, StaticSlotLayer, StaticSlots, static_layers
 from dream_hf.tree import DraftTree
 
@@ -141,6 +143,29 @@ def test_nothing_is_compiled_anew(name):
             expected = generate(target, inputs, max_new_tokens=num_new)
             assert_same_tokens(expected, generate(target, inputs, max_new_tokens=num_new, **settings))
     assert [each.is_broken for each in compiled_of(target)] == [False]
+
+
+def test_beams_of_any_choice_come_in_one_layout(monkeypatch):
+    """Other strides would be compiled for anew, in the middle of decoding."""
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target, 1)
+    drafter = untrained(target, tree_depth=6, tree_top_k=4)
+    layouts: dict[int, set] = {}
+    choices = itertools.cycle([[0], [2], [0, 1], [1, 3], [0, 1, 2, 3]])
+    monkeypatch.setattr(drafting, "_promising", lambda *_: next(choices))
+    run = compiling.CompiledFunction.__call__
+
+    def noting(self, *args):
+        beams = next((value for value in args if isinstance(value, Beams)), None)
+        if beams is not None:
+            layouts.setdefault(beams.tokens.shape[1], set()).add(str([part.stride() for part in beams]))
+        return run(self, *args)
+
+    monkeypatch.setattr(compiling.CompiledFunction, "__call__", noting)
+    expected = generate(target, inputs, max_new_tokens=NUM_NEW)
+    out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    assert_same_tokens(expected, out)
+    assert layouts.keys() == {1, 2, 4} and all(len(found) == 1 for found in layouts.values())
 
 
 def test_what_changes_between_calls_is_seen():

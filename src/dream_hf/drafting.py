@@ -126,7 +126,7 @@ class DrafterState:
 
     def _compiled_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
         num_beams, angles = beams.tokens.shape[1], self.angles_of(depth, beams.features)
-        if num_beams < top_k:  # views: other strides would be another graph
+        if num_beams < top_k or depth == 1:  # views: other strides would be another graph
             beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))
         num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
         return self.compiled(self.lean, self.cache, head, beams, angles, num_columns, top_k)  # type: ignore[misc]
