@@ -121,7 +121,7 @@ def test_plain_sequences_without_a_dict():
 @each_batch
 @pytest.mark.parametrize("config", [{}, CHAIN, {"tree_depth": 2, "tree_top_k": 2, "tree_size": 60}], ids=str)
 def test_gains_and_drafts(config, batch):
-    """One entry for each verification; a tree cannot draft more nodes than it has expanded."""
+    """One entry for each verification; a tree cannot draft more nodes than it has expanded, nor levels than can be used."""
     target = family("llava_clip_llama").make_target()
     inputs = family("llava_clip_llama").make_inputs(target, batch)
     expected = generate(target, inputs)
@@ -136,10 +136,12 @@ def test_gains_and_drafts(config, batch):
     depth, top_k, size = (
         config.get(f"tree_{name}", value) for name, value in (("depth", 6), ("top_k", 4), ("size", 32))
     )
-    expanded = top_k + (depth - 1) * top_k**2
-    drafted = out.drafted_lengths[out.drafted_lengths >= 0]
-    assert set(drafted.tolist()) == {min(size, expanded)}
     num_new = out.sequences.shape[1] - inputs["input_ids"].shape[1]
+    for step in range(out.drafted_lengths.shape[1]):
+        shortest = min(1 + sum(got[:step]) for got in gains(out))
+        levels = min(depth, num_new - shortest - 1)  # the target adds a token
+        expanded = top_k + (levels - 1) * top_k**2 if levels else 0
+        assert set(out.drafted_lengths[:, step].tolist()) - {-1} == {min(size, expanded)}
     assert [sum(row) for row in gains(out)] == [num_new - 1] * batch
     assert (out.accepted_lengths <= depth + 1).all()
     # Rows that are done are padded with -1 at the end, and nowhere else.

@@ -121,7 +121,8 @@ def test_plain_sampling_passes_the_same_test():
 def take_first_child(tree: DraftTree, choices: Tensor) -> Acceptance:
     """Accepts the likeliest drafted child whatever the target says."""
     choices = choices.clone()
-    choices[:, 0] = tree.tokens[:, 1]
+    if tree.num_nodes > 1:  # the last step may be of the root alone
+        choices[:, 0] = tree.tokens[:, 1]
     return ACCEPT_GREEDY(tree, choices)
 
 
