@@ -10,6 +10,7 @@ import torch
 
 from .modeling_dream import DreamDrafter
 from .prompts import PromptEncoder, on_model
+from .targets import end_ids
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ class Answerer:
         return [self._read(tokens) for tokens in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _read(self, tokens: list[int]) -> Answer:
-        ends = self.target.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ends = end_ids(self.target.generation_config)
         length = next((place for place, token in enumerate(tokens) if token in ends), None)
         return Answer(self.encoder.decode(tokens[:length]), length is not None)

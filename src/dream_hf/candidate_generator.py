@@ -26,7 +26,7 @@ from .compression import compress_text, visual_importance
 from .drafting import DrafterState, TargetHead, grow_tree
 from .modeling_dream import DreamDrafter
 from .requests import check_cache, check_request
-from .targets import DecoderRecord, Target
+from .targets import DecoderRecord, Target, end_ids
 
 
 class DreamCandidateGenerator(CandidateGenerator):
@@ -117,7 +117,7 @@ class DreamCandidateGenerator(CandidateGenerator):
             embed=lambda token_ids: self.target.embed(token_ids.to(self.target.model.device)),
             logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
             token_ids=self.drafter.draft_token_ids,
-            ends=self.target.end_ids,
+            ends=end_ids(self.target.model.generation_config),
         )
         self._wants_attention = False
         self._received: torch.Tensor | None = None  # attention each key received in the prefill, (1, K)

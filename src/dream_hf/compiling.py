@@ -173,9 +173,8 @@ def padded_count(num_nodes: int, tree_size: int, device: torch.device) -> int:
     """How many nodes a compiled forward runs over: one of a few numbers. Fewer nodes are cheaper on a CPU only."""
     if device.type != "cpu" and num_nodes <= tree_size + 1:
         return tree_size + 1
-    padded = (
-        -(-max(num_nodes - 1, 1) // BUCKET) * BUCKET + 1
-    )  # a root alone, too: another graph is dearer than 8 nodes
+    # A root alone is padded, too: another graph is dearer than a few nodes.
+    padded = -(-max(num_nodes - 1, 1) // BUCKET) * BUCKET + 1
     return min(padded, tree_size + 1) if num_nodes <= tree_size + 1 else padded
 
 

@@ -80,12 +80,6 @@ class Target:
             )
 
     @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that end a text, by the target's generation config."""
-        ends = self.model.generation_config.eos_token_id
-        return frozenset([ends] if isinstance(ends, int) else ends or ())
-
-    @property
     def last_attention(self) -> nn.Module:
         """The attention module of the last decoder layer."""
         return self.decoder.layers[-1].self_attn
@@ -228,6 +222,12 @@ def find_logit_rule(raw: torch.Tensor, logits: torch.Tensor, text_config: PreTra
     if len(rules) == 1:
         return rules[0]
     return min(rules, key=lambda rule: (rule(raw) - logits).abs().mean().item())
+
+
+def end_ids(config: Any) -> frozenset[int]:
+    """Tokens that end a text, by whatever has an `eos_token_id`: a generation config, a drafter's config, a tokenizer."""
+    ends = config.eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:

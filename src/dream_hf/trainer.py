@@ -24,7 +24,7 @@ from .metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 from .model_card import write_card
 from .modeling_dream import DreamDrafter
 from .objective import Objective, ObjectiveValue, add_noise, rms
-from .targets import Target, unwrap
+from .targets import Target, end_ids, unwrap
 from .trainer_setup import (
     check_models,
     check_vocabulary_request,
@@ -370,7 +370,8 @@ class DreamTrainer(WholeCheckpointTrainer):
         drafter, was_training = self._whole_drafter(), self.model.training
         drafter.eval()
         counts = AcceptanceCounts(drafter.config.tree_depth)
-        head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids, self.target.end_ids)
+        ends = end_ids(self.target.model.generation_config)
+        head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids, ends)
         loss, num_items = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
         for raw_inputs in dataloader:
             inputs = self._prepare_inputs(raw_inputs)

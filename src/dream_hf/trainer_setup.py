@@ -18,7 +18,7 @@ from .features import FeatureExtractor, LayerSelection
 from .modeling_dream import DreamDrafter
 from .objective import Objective
 from .requests import check_target
-from .targets import Target, unwrap
+from .targets import Target, end_ids, unwrap
 from .training_args import DreamTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -103,10 +103,9 @@ def choose_vocabulary(
     size: Any = args.draft_vocab_size  # it has been asked for
     share = range(args.process_index, len(dataset), args.world_size)
     counts = add_up(count_answer_tokens(dataset, processor, drafter.config.vocab_size, share))
-    ends = {getattr(processor, "tokenizer", processor).eos_token_id}
-    for config in (target.generation_config, drafter.config):
-        ends |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
-    token_ids = choose_draft_vocabulary(counts, size, sorted(ends - {None}))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ends = end_ids(tokenizer) | end_ids(target.generation_config) | end_ids(drafter.config)
+    token_ids = choose_draft_vocabulary(counts, size, sorted(ends))
     drafter.set_draft_vocabulary(token_ids)
     covered = counts[token_ids].sum() / counts.sum().clamp(min=1)
     logger.info(f"The {size:,} tokens that may be drafted make up {covered:.2%} of the training answers.")

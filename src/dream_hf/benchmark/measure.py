@@ -13,6 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from ..prompts import on_model
+from ..targets import end_ids
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def measure(
         synchronize(target.device)
         seconds = time.perf_counter() - start
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    rows = _rows(sequences[:, inputs["input_ids"].shape[1] :], target.generation_config.eos_token_id)
+    rows = _rows(sequences[:, inputs["input_ids"].shape[1] :], end_ids(target.generation_config))
     return Measurement(
         rows=rows,
         seconds=seconds,
@@ -112,9 +113,8 @@ def measure(
     )
 
 
-def _rows(tokens: torch.Tensor, eos_token_id: int | list[int] | None) -> list[list[int]]:
+def _rows(tokens: torch.Tensor, ends: frozenset[int]) -> list[list[int]]:
     """Rows of tokens (B, T) without the padding behind their ends."""
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     rows = []
     for row in tokens.tolist():
         end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))

@@ -81,8 +81,6 @@ class PhaseClock:
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # the compiled whole is clocked, from outside
-                return function(*args, **kwargs)
             with self.phase(name):
                 return function(*args, **kwargs)
 
