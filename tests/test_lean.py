@@ -88,3 +88,20 @@ def test_subclasses_run_their_own_forward():
     drafter = make_drafter()
     drafter.__class__ = type("Oracle", (type(drafter),), {})
     assert lean_drafter(drafter) is None
+
+
+def test_beams_below_a_text_of_one_token_stand_where_they_belong():
+    """Nothing is visible to its cross-attention, so its modules run, at the positions of the levels."""
+    drafter = make_drafter()
+    embeds, features = make_inputs(4)
+    found = []
+    with torch.no_grad():
+        for is_lean in (True, False):
+            state = DrafterState(drafter, 2)
+            if not is_lean:
+                state.lean = None
+            state.read(embeds[:, :1], features[:, :0], torch.full((2, 1), 7), [1, 1])
+            for level in (1, 2):
+                sees = torch.ones(2, 1, 1 + level, dtype=torch.bool)
+                found.append(state.beams(embeds[:, level : level + 1], features[:, level : level + 1], sees, level))
+    torch.testing.assert_close(found[:2], found[2:], atol=1e-5, rtol=1e-5)

@@ -106,9 +106,11 @@ class DrafterState:
         `sees` (B, k, columns) tells which slots each beam sees: the verified ones, its ancestors' and its own.
         """
         assert self.root_positions is not None  # something has been read
-        angles = self.angles_of(level, embeds)
-        positions = self.root_positions if angles else (self.root_positions + level).expand(-1, embeds.shape[1])
-        hidden = self._forward(embeds, features, sees, positions, angles)
+        if self.lean is not None and self.features.longest:
+            hidden = self._forward(embeds, features, sees, None, self.angles_of(level, embeds))
+        else:
+            positions = (self.root_positions + level).expand(-1, embeds.shape[1])
+            hidden = self._forward(embeds, features, sees, positions)
         self.extend(embeds.shape[1])
         return hidden
 
@@ -160,14 +162,15 @@ class DrafterState:
         embeds: torch.Tensor,
         features: torch.Tensor,
         sees: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | None,  # not needed where there are angles
         angles: Angles | None = None,
     ) -> torch.Tensor:
         num_tokens, num_features = embeds.shape[1], features.shape[1]
         seen_features = sees[..., 1 : 1 + self._num_slots(self.features, num_features)]
         masks = DraftMasks(sees[..., : self._num_slots(self.tokens, num_tokens)], seen_features)
         if self.lean is not None and self.features.longest:  # else the first token sees no feature
-            angles = angles or self.lean.angles(embeds, positions)
+            if angles is None:
+                angles = self.lean.angles(embeds, positions)  # type: ignore[arg-type]
             return self.lean(embeds, features, masks, angles, self.cache)
         outputs = self.drafter(
             embeds, features, attention_mask=masks, position_ids=positions, past_key_values=self.cache
