@@ -39,13 +39,13 @@ some_families = pytest.mark.parametrize("name", ["llava_clip_llama", "gemma3", "
 # --- when ---
 
 
-def drafted_steps(pause_below: float, steps: Iterable[float]) -> list[bool]:
+def drafted_steps(pause_below: float, steps: Iterable[int]) -> list[bool]:
     """Which steps are drafted if every step, were it drafted, gained the number given."""
     rule = Pausing(pause_below)
     is_drafted = []
     for gained in steps:
         is_drafted.append(not rule.is_paused)
-        rule.note(1.0 if rule.is_paused else gained)
+        rule.note([1 if rule.is_paused else gained])
     return is_drafted
 
 
@@ -63,29 +63,65 @@ def test_pauses_grow_while_probes_fail():
     for length in lengths[:8]:
         expected += [(False, min(length, LONGEST_PAUSE)), (True, PROBE)]
     total = sum(length for _, length in expected)
-    assert runs(drafted_steps(1.5, [1.0] * total)) == expected
+    assert runs(drafted_steps(1.5, [1] * total)) == expected
 
 
 @pytest.mark.parametrize("pause_below", [0.0, 1.0])
 def test_a_threshold_every_step_reaches_never_pauses(pause_below):
-    assert all(drafted_steps(pause_below, [1.0] * 200))
+    assert all(drafted_steps(pause_below, [1] * 200))
 
 
 def test_what_counts_is_the_mean_of_the_last_drafted_steps():
-    assert all(drafted_steps(2.0, [1.0, 3.0] * 50))
-    good, bad = [5.0] * 10, [1.0] * WINDOW
+    assert all(drafted_steps(2.0, [1, 3] * 50))
+    good, bad = [5] * 10, [1] * WINDOW
     assert runs(drafted_steps(2.0, good + bad + good))[0] == (True, 10 + WINDOW)  # 5, 1, 1, 1 are just enough
     assert runs(drafted_steps(2.1, good + bad + good))[0] == (True, 10 + WINDOW - 1)
 
 
 def test_after_a_good_stretch_pauses_start_short_again():
-    bad, good = [1.0] * (WINDOW + FIRST_PAUSE + PROBE + 2 * FIRST_PAUSE), [4.0] * WINDOW
-    again = runs(drafted_steps(2.0, bad + good + [1.0] * 40))
+    bad, good = [1] * (WINDOW + FIRST_PAUSE + PROBE + 2 * FIRST_PAUSE), [4] * WINDOW
+    again = runs(drafted_steps(2.0, bad + good + [1] * 40))
     assert [length for is_drafted, length in again if not is_drafted][:3] == [
         FIRST_PAUSE,
         2 * FIRST_PAUSE,
         FIRST_PAUSE,
     ]
+
+
+def test_trees_go_twice_as_deep_as_the_best_of_the_last_steps():
+    rule, depths = Pausing(0.5), []
+    for gained in ([9], [1, 2], [1, 1], [1], [2], [5], [11], [1], [1], [1], [1]):
+        depths.append(rule.max_depth)
+        rule.note(gained)
+    assert depths == [None] * WINDOW + [18, 4, 10, 22, 22, 22, 22] and rule.max_depth == 2
+
+
+def test_without_a_threshold_trees_are_as_deep_as_ever():
+    rule = Pausing(0.0)
+    for _ in range(2 * WINDOW):
+        rule.note([1])
+    assert rule.max_depth is None
+
+
+def test_a_pause_leaves_the_depth_as_it_was():
+    rule = Pausing(1.5)
+    for _ in range(WINDOW + 1):
+        rule.note([1])
+    assert rule.is_paused and rule.max_depth == 2
+
+
+def test_a_drafter_that_is_wrong_drafts_shallow_trees():
+    target = family("llava_clip_llama").make_target()
+    inputs = family("llava_clip_llama").make_inputs(target)
+    drafter = untrained(target, tree_depth=8, tree_top_k=1, tree_size=8)
+    expected = generate(target, inputs, assistant_model=drafter)
+    drafter.config.pause_below = 0.5  # never pauses
+    out = generate(target, inputs, assistant_model=drafter)
+    assert_same_tokens(expected, out)
+    best = out.accepted_lengths[0].unfold(0, WINDOW, 1).amax(-1)[:-1]
+    full, limited = out.drafted_lengths[0].tensor_split([WINDOW])
+    assert (full == 8).all() and (limited <= 2 * best).all() and (limited[:-2] == 2 * best[:-2]).all()
+    assert (expected.drafted_lengths[0, :-8] == 8).all()
 
 
 def test_the_rule_is_a_function_of_the_gains():
@@ -262,12 +298,13 @@ def test_an_untrained_drafter_is_hardly_asked():
         out = generate(target, inputs, assistant_model=drafter, max_new_tokens=128)
         counts.append(len(forwards))
     is_drafted = [drafted > 0 for drafted in out.drafted_lengths[0].tolist()]
-    assert is_drafted == drafted_steps(1.5, [1.0] * len(is_drafted))
+    assert is_drafted == drafted_steps(1.5, [1] * len(is_drafted))
     num_drafted = sum(is_drafted)
     assert num_drafted < len(is_drafted) / 8
     # It reads the prompt, after every drafted step that another one follows, at the end of every pause, and at the end.
     num_reads = 1 + sum(is_next for is_next in is_drafted[1:]) + 1
-    assert counts[1] == num_reads + (drafter.config.tree_depth - 1) * num_drafted
+    depths = [drafter.config.tree_depth] * WINDOW + [2] * (num_drafted - WINDOW)  # steps that gain one token
+    assert counts[1] == num_reads + sum(depth - 1 for depth in depths)
     assert counts[1] < counts[0] / 8
 
 
@@ -296,7 +333,7 @@ def test_a_batch_pauses_as_a_whole():
     for gained, drafted in zip(out.accepted_lengths.T.tolist(), out.drafted_lengths.T.tolist(), strict=True):
         going = [row for row, count in enumerate(drafted) if count >= 0]
         assert all((drafted[row] == 0) == rule.is_paused for row in going)
-        rule.note(sum(gained[row] for row in going) / len(going))
+        rule.note([gained[row] for row in going])
     assert (out.drafted_lengths == 0).any()
 
 

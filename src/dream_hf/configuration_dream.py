@@ -49,8 +49,9 @@ class DreamConfig(PreTrainedConfig):
         tree_min_node_probability (`float`): Leave out nodes that, by the drafter's estimate, are reached with less than
             this probability. Saves verification; 0 verifies `tree_size` nodes whatever they promise.
         pause_below (`float`): Stop drafting for a while where the last few drafted steps gained fewer tokens than this
-            on average, bonus included: set it to what a drafted step costs, in steps of plain decoding. 0 never pauses
-            (and neither does anything up to 1: every step gains a token). The output stays exact.
+            on average, bonus included: set it to what a drafted step costs, in steps of plain decoding. Trees are then also
+            no deeper than twice what the best of these steps gained. With 0 every step drafts a full tree; anything up to 1
+            never pauses, for every step gains a token. The output stays exact.
         visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3).
         visual_importance (`str`): Which visual tokens are kept: `"attention"` ranks them by the attention they receive from
             the prompt in the target's last layer (paper), `"novelty"` by how unlike those before them their features are,

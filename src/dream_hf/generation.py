@@ -188,7 +188,7 @@ class _Decoding:
         path, tokens = verdict.acceptance.path, verdict.acceptance.tokens
         gained = [[] if resting else row for row, resting in zip(verdict.acceptance.tolist(), is_resting, strict=True)]
         counts = [len(row) for row in gained]
-        self.pausing.note(sum(counts) / is_resting.count(False))
+        self.pausing.note([count for count, resting in zip(counts, is_resting, strict=True) if not resting])
 
         starts = [length - self.texts.prompt_length for length in self.texts.lengths]
         self.recorder.add_scores(verdict, logits, starts, counts)
@@ -253,11 +253,13 @@ class _Decoding:
     # --- the parts ---
 
     def _draft(self) -> DraftTree:
-        root, room = self._last_tokens(), self.ends.room(self.texts)
+        root = self._last_tokens()
         if self.pausing.is_paused:
             return DraftTree.chain(root)
-        max_depth = None if room is None else room - 1  # the target adds a token
-        tree = grow_tree(self.state, self.head, root, self.drafter.config, max_depth)
+        room, max_depth = self.ends.room(self.texts), self.pausing.max_depth
+        limits = [] if max_depth is None else [max_depth]
+        limits += [] if room is None else [room - 1]  # the target adds a token
+        tree = grow_tree(self.state, self.head, root, self.drafter.config, min(limits, default=None))
         return tree.to(self.texts.ids.device)
 
     def _read_on(self) -> None:

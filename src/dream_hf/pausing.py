@@ -1,4 +1,4 @@
-"""Decoding plainly for a while where drafting does not pay.
+"""Drafting less deep, or not at all for a while, where it does not pay.
 
 The rule looks at tokens gained and at nothing else, no clock above all: the same seed gives the same output. What is gained
 in a pause piles up until drafting goes on; the drafter then reads it in one forward.
@@ -20,19 +20,23 @@ FIRST_PAUSE, LONGEST_PAUSE = 8, 64  # plain steps
 
 
 class Pausing:
-    """Whether the next step is drafted.
+    """Whether the next step is drafted, and how deep.
+
+    A tree has no more levels than twice the tokens that the best of the last `WINDOW` drafted steps gained: a drafter that is
+    sure of itself and wrong costs little, and one that is right is soon trusted with deep trees again.
 
     Drafting pauses when the last `WINDOW` drafted steps gained too little on average. A pause lasts `FIRST_PAUSE` steps;
     then `PROBE` drafted steps decide whether it goes on. Every time they gain too little the pause is twice as long as the
     one before, up to `LONGEST_PAUSE`; after `WINDOW` steps that gained enough, pauses start short again.
 
     Args:
-        pause_below (`float`): Tokens per drafted step, bonus included, that are too few below this.
+        pause_below (`float`): Tokens per drafted step, bonus included, that are too few below this; 0 never drafts less.
     """
 
     def __init__(self, pause_below: float):
         self.pause_below = pause_below
-        self.gains: deque[float] = deque(maxlen=WINDOW)  # of drafted steps since the last pause
+        self.gains: deque[float] = deque(maxlen=WINDOW)  # of drafted steps since the last pause, the mean over rows
+        self.best_gains: deque[int] = deque(maxlen=WINDOW)  # of drafted steps, the row that gained most
         self.num_needed = WINDOW
         self.num_plain = 0  # steps left in this pause
         self.next_pause = FIRST_PAUSE
@@ -42,12 +46,20 @@ class Pausing:
         """Whether the next step is a plain one."""
         return self.num_plain > 0
 
-    def note(self, gained: float) -> None:
-        """Take in what the step just made has gained, the mean over the rows that go on."""
+    @property
+    def max_depth(self) -> int | None:
+        """Most levels the next tree should have, or None without a limit."""
+        if not self.pause_below or len(self.best_gains) < WINDOW:
+            return None
+        return 2 * max(self.best_gains)
+
+    def note(self, gained: Sequence[int]) -> None:
+        """Take in the tokens that the rows that go on have gained in the step just made."""
         if self.num_plain:
             self.num_plain -= 1
             return
-        self.gains.append(gained)
+        self.gains.append(sum(gained) / len(gained))
+        self.best_gains.append(max(gained))
         if len(self.gains) < self.num_needed:
             return
         if sum(self.gains) < self.pause_below * len(self.gains):

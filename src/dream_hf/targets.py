@@ -128,7 +128,9 @@ class Target:
 
     @property
     def rescaled_attentions(self) -> list[Any]:
-        """Attention modules that need hooks to take trees."""
+        """Attention modules that need hooks to take trees (Llama4's)."""
+        if not getattr(self.text_config, "attn_temperature_tuning", False):
+            return []
         modules: Iterator[Any] = self.decoder.modules()
         return [m for m in modules if getattr(m, "attn_temperature_tuning", False) and not m.use_rope]
 
