@@ -45,10 +45,13 @@ def test_decoding_by_novelty_observes_no_attention(monkeypatch, name):
     kept = []
     compress = generation.compress_text
 
-    def spy(embeds, features, real, is_visual, importance, keep_ratio):
-        text = compress(embeds, features, real, is_visual, importance, keep_ratio)
-        assert torch.equal(importance, novelty(features, is_visual))
-        kept.append((is_visual.sum(-1), text.counts - (real[:, -is_visual.shape[1] :] & ~is_visual).sum(-1)))
+    def spy(embeds, features, real, is_visual, *args):
+        text = compress(embeds, features, real, is_visual, *args)
+        real = real[:, -is_visual.shape[1] :]
+        by_novelty = real & tokens_to_keep(novelty(features, is_visual), is_visual, 0.5)
+        for order, count, row in zip(text.order, text.counts, by_novelty, strict=True):
+            assert torch.equal(order[:count], row.nonzero().flatten())
+        kept.append((is_visual.sum(-1), text.counts - (real & ~is_visual).sum(-1)))
         return text
 
     def never(*_):

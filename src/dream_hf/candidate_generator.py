@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import attention_received, observe_attention
 from .choosing import STATEFUL
-from .compression import compress_text, visual_importance
+from .compression import compress_text
 from .drafting import DrafterState, TargetHead, grow_tree
 from .modeling_dream import DreamDrafter
 from .requests import check_cache, check_request
@@ -134,23 +134,19 @@ class DreamCandidateGenerator(CandidateGenerator):
         """Read the prompt's tokens (embeds and features (1, T, H)), visual ones by their attention, and the first new one."""
         num_tokens, device = features.shape[1], features.device
         total, mask = model_kwargs["past_key_values"].get_seq_length(), model_kwargs.get("attention_mask")
-        real = torch.ones(1, total, device=device) if mask is None else mask[:, :total].to(device)
+        real = torch.ones(1, total, dtype=torch.bool, device=device)
+        if mask is not None:
+            real = mask[:, :total].to(device).bool()
         received = self._received
         if received is not None:
             received = received[:, -num_tokens:].to(device)  # a sliding layer does not show the first keys
             received = torch.nn.functional.pad(received, (num_tokens - received.shape[1], 0))
         is_visual = self.target.is_visual(input_ids[:, -num_tokens - 1 : -1]).to(device)
         config = self.drafter.config
-        ratio = config.visual_keep_ratio
-        importance = visual_importance(config.visual_importance, ratio, features, is_visual, received)
-        text = compress_text(embeds, features, real.bool(), is_visual, importance, ratio)
-        first = self.head.embed(input_ids[:, -1:]).to(device, embeds.dtype)
-        self.state.read(
-            torch.cat([text.embeds, first], dim=1),
-            text.features,
-            torch.cat([text.positions, real.long().sum(-1, keepdim=True)], dim=1),
-            (text.counts + 1).tolist(),
+        text = compress_text(
+            embeds, features, real, is_visual, config.visual_keep_ratio, config.visual_importance, received
         )
+        self.state.read_prompt(text, self.head.embed(input_ids[:, -1:]), real.sum(-1, keepdim=True))
 
     def _read_matches(self, input_ids: torch.Tensor, features: torch.Tensor, num_matches: int) -> None:
         """Read the candidates that were kept and the token that came after them."""

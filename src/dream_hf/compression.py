@@ -32,8 +32,9 @@ def compress_text(
     features: torch.Tensor,  # (B, T, H)
     real: torch.Tensor,  # (B, P + T) bool
     is_visual: torch.Tensor,  # (B, T) bool
-    importance: torch.Tensor | None,  # (B, T)
     keep_ratio: float,
+    importance: str,
+    received: torch.Tensor | None = None,  # (B, T)
 ) -> DrafterText:
     """Leave out padding and the visual tokens of least importance; the same for decoding and training.
 
@@ -41,8 +42,10 @@ def compress_text(
         embeds, features (`torch.Tensor` of shape `(B, T, H)`): What the target made of the text's last T tokens.
         real (`torch.BoolTensor` of shape `(B, P + T)`): False at padding, in the P tokens before these as well.
         is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
-        importance (`torch.Tensor` of shape `(B, T)`, *optional*): Of every token; without it all tokens are kept.
         keep_ratio (`float`): Share of the visual tokens to keep.
+        importance (`str`): How visual tokens are ranked, as `DreamConfig.visual_importance` says.
+        received (`torch.Tensor` of shape `(B, T)`, *optional*): Attention each token receives from the prompt's queries in the
+            target's last layer. Where tokens are ranked by it and it was not measured, all are kept.
 
     Returns:
         `DrafterText`
@@ -50,30 +53,14 @@ def compress_text(
     num_tokens = features.shape[1]
     positions = (real.long().cumsum(-1) - 1)[:, -num_tokens:]
     keep = real = real[:, -num_tokens:]
-    if importance is not None:
-        keep = real & tokens_to_keep(importance, is_visual & real, keep_ratio)
+    if keep_ratio < 1.0:
+        ranking = novelty(features, is_visual) if importance == "novelty" else received
+        if ranking is not None:
+            keep = real & tokens_to_keep(ranking, is_visual & real, keep_ratio)
     order, counts = left_aligned(keep)
     order = order[:, : int(counts.max())]
     wide = order[..., None].expand(-1, -1, features.shape[-1])
     return DrafterText(embeds.gather(1, wide), features.gather(1, wide), positions.gather(1, order), order, counts)
-
-
-def visual_importance(
-    kind: str, keep_ratio: float, features: torch.Tensor, is_visual: torch.Tensor, received: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Importance (B, T) of the tokens by `DreamConfig.visual_importance`; None where nothing is to be left out by it.
-
-    Args:
-        kind (`str`): `"attention"` or `"novelty"`.
-        keep_ratio (`float`): Share of the visual tokens to keep.
-        features (`torch.Tensor` of shape `(B, T, H)`): The target's last features.
-        is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
-        received (`torch.Tensor` of shape `(B, T)`, *optional*): Attention each token receives from the prompt's queries
-            in the target's last layer, if it was measured.
-    """
-    if keep_ratio >= 1.0:
-        return None
-    return novelty(features, is_visual) if kind == "novelty" else received
 
 
 def novelty(features: torch.Tensor, is_visual: torch.Tensor, chunk_size: int = 1024) -> torch.Tensor:

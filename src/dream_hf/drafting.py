@@ -13,10 +13,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from .caches import Slots, slot_cache
 from .compiling import Settings, compiled_function
+from .compression import DrafterText
 from .configuration_dream import DreamConfig
 from .lean import Angles, lean_drafter
 from .levels import Beams, Level, TargetHead, first_level, lean_level, next_level
@@ -83,6 +85,26 @@ class DrafterState:
         last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
         self.root_features = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         self.root_positions = positions.gather(1, last)
+
+    def read_prompt(
+        self, text: DrafterText, first: torch.Tensor, end: torch.Tensor, known: torch.Tensor | None = None
+    ) -> None:
+        """Take in a prompt, and the first token behind it.
+
+        Args:
+            text (`DrafterText`): What the drafter reads of the prompt.
+            first (`torch.Tensor` of shape `(B, 1, H)`): Embedding of each row's first new token.
+            end (`torch.LongTensor` of shape `(B, 1)`): Its position.
+            known (`torch.Tensor` of shape `(B, 0 or 1, H)`, *optional*): Feature of the token before the text, if
+                the drafter has read that token already.
+        """
+        embeds, positions = nn.functional.pad(text.embeds, (0, 0, 0, 1)), nn.functional.pad(text.positions, (0, 1))
+        behind = text.counts[:, None]  # right behind each row's last kept token
+        first = first.to(embeds.device, embeds.dtype)
+        embeds.scatter_(1, behind[..., None].expand(-1, -1, embeds.shape[-1]), first)
+        positions.scatter_(1, behind, end)
+        features = text.features if known is None else torch.cat([known, text.features], dim=1)
+        self.read(embeds, features, positions, (text.counts + 1).tolist())
 
     def read_on(self, embeds: torch.Tensor, features: torch.Tensor, counts: Sequence[int]) -> None:
         """Take in what came right after the last token: embeds and features (B, T, H), `counts[b]` tokens of row b."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .attention import attention_entropy, attention_received, observe_attention
-from .compression import DrafterText, compress_text, visual_importance
+from .compression import DrafterText, compress_text
 from .targets import Target
 
 
@@ -197,8 +197,9 @@ class FeatureExtractor:
         made = self.run(inputs, answer_mask) if made is None else made
         device = made.features.device
         real, is_visual = real_tokens(inputs).to(device), self.target.is_visual(inputs["input_ids"]).to(device)
-        importance = visual_importance(self.importance, self.keep_ratio, made.features, is_visual, made.received)
-        text = compress_text(made.embeds.to(device), made.features, real, is_visual, importance, self.keep_ratio)
+        text = compress_text(
+            made.embeds.to(device), made.features, real, is_visual, self.keep_ratio, self.importance, made.received
+        )
         is_there = torch.arange(text.order.shape[1], device=device) < text.counts[:, None]
         predicts = predictions(answer_mask.to(device), is_visual).gather(1, text.order) & is_there
         token_ids = inputs["input_ids"].to(device).gather(1, text.order).masked_fill(~is_there, 0)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import TreeScope, attention_received, observe_attention, tree_scope
 from .choosing import Chooser, may_remember
-from .compression import compress_text, visual_importance
+from .compression import compress_text
 from .continuation import recall, remember
 from .drafting import DrafterState, TargetHead, grow_tree
 from .modeling_dream import DreamDrafter
@@ -365,8 +365,6 @@ class _Decoding:
             attention = attention[:, -num_tokens:]
         is_visual = self.target.is_visual(prompt_ids[:, -num_tokens:]).to(device)
         config = self.drafter.config
-        ratio = config.visual_keep_ratio
-        importance = visual_importance(config.visual_importance, ratio, features, is_visual, attention)
         # A drafter that goes on has read the first of these tokens, and not its feature.
         unread = slice(1 if self._continue_last_turn(prompt_ids, num_tokens) else 0, None)
         text = compress_text(
@@ -374,20 +372,13 @@ class _Decoding:
             features[:, unread],
             real,
             is_visual[:, unread],
-            None if importance is None else importance[:, unread],
-            ratio,
+            config.visual_keep_ratio,
+            config.visual_importance,
+            None if attention is None else attention[:, unread],
         )
-        # The first generated token goes right behind each row's last kept one.
-        behind = text.counts[:, None]
-        first_embeds = self.head.embed(first).to(device, embeds.dtype)
-        kept_embeds = torch.nn.functional.pad(text.embeds, (0, 0, 0, 1))
-        kept_embeds.scatter_(1, behind[..., None].expand(-1, -1, embeds.shape[-1]), first_embeds)
-        positions = torch.nn.functional.pad(text.positions, (0, 1))
-        positions.scatter_(1, behind, real.sum(-1, keepdim=True))
-        kept_features = torch.cat([features[:, : unread.start], text.features], dim=1)
         if self.longest_text is not None:
             self.state.limit(self.longest_text + config.tree_depth * config.tree_top_k + 1)
-        self.state.read(kept_embeds, kept_features, positions, (text.counts + 1).tolist())
+        self.state.read_prompt(text, self.head.embed(first), real.sum(-1, keepdim=True), features[:, : unread.start])
 
     def _continue_last_turn(self, prompt_ids: torch.Tensor, num_tokens: int) -> bool:
         """Take over the drafter's state if the last `num_tokens` of the prompt continue a remembered text."""
