@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,22 +106,29 @@ def _watch_functions(stack: ExitStack, clock: OwnerClock, target: Any) -> None:
     for owner_class, name, owner in owners:
         function = vars(owner_class)[name]
         stack.callback(setattr, owner_class, name, function)
-        setattr(owner_class, name, clock.timed(function, owner))
+        is_level = name == "_compiled_level"
+        setattr(owner_class, name, clock.timed(without_clocked_head(function) if is_level else function, owner))
     stack.callback(target.__dict__.pop, "_prefill", None)
     target._prefill = clock.timed(target._prefill, "target")
 
 
 def clocked_head(timed: Callable[[Callable], Callable]) -> Callable[..., TargetHead]:
-    """What makes a [`TargetHead`] with both functions put through `timed`, except in a compiled level, a whole by itself."""
-
-    def clocked(function: Callable) -> Callable:
-        counted = timed(function)
-        return lambda *args: function(*args) if torch.compiler.is_compiling() else counted(*args)
+    """What makes a [`TargetHead`] with both functions put through `timed`, which must name what it wraps."""
 
     def make(embed: Callable, logits: Callable, *rest: Any, **named: Any) -> TargetHead:
-        return TargetHead(clocked(embed), clocked(logits), *rest, **named)
+        return TargetHead(timed(embed), timed(logits), *rest, **named)
 
     return make
+
+
+def without_clocked_head(level: Callable) -> Callable:
+    """`DrafterState._compiled_level`, given a clocked head: with the clocks inside, it would be compiled anew."""
+
+    @functools.wraps(level)
+    def call(state: DrafterState, head: Any, *args: Any) -> Any:
+        return level(state, replace(head, embed=head.embed.__wrapped__, logits=head.logits.__wrapped__), *args)
+
+    return call
 
 
 def time_shares(
