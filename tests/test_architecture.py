@@ -41,7 +41,7 @@ LAYERS = [
         "levels",
         "targets",
     ],
-    ["choosing", "outputs", "drafting", "pausing", "requests", "continuation", "verifying"],
+    ["choosing", "outputs", "drafter_state", "drafting", "pausing", "requests", "continuation", "verifying"],
     ["generation", "candidate_generator", "conversion", "hub"],
 ]
 TOP = ["registration", "cli", "__main__"]  # registration hands calls to the loop, when they come
@@ -101,7 +101,7 @@ def rank(module: str) -> int:
 
 def test_there_is_something_to_check():
     assert {"tree", "generation", "drafting", "modeling_dream", "candidate_generator"} <= GRAPH.keys() & RANKS.keys()
-    assert "drafting" in GRAPH["generation"] and "caches" in GRAPH["drafting"]
+    assert "drafting" in GRAPH["generation"] and "caches" in GRAPH["drafter_state"]
     assert "generation" in GRAPH["registration"]  # imports inside functions are seen
 
 

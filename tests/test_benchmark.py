@@ -16,7 +16,7 @@ from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 from transformers import CompileConfig
 
-from dream_hf import drafting, generation
+from dream_hf import drafter_state, generation
 from dream_hf.benchmark import METHODS, Settings, load_prompts, make_methods, run_benchmark
 from dream_hf.benchmark import phases as phases_module
 from dream_hf.benchmark import runner as runner_module
@@ -29,8 +29,8 @@ from dream_hf.benchmark.statistics import bootstrap_interval, median_of, median_
 from dream_hf.benchmark.syncs import MESSAGE, count_syncs
 from dream_hf.compiling import _compiled
 from dream_hf.demo import make_rows
-from dream_hf.drafting import TargetHead
 from dream_hf.lean import lean_drafter
+from dream_hf.levels import TargetHead
 from dream_hf.model_card import write_card
 from dream_hf.prompts import PromptEncoder
 
@@ -461,7 +461,7 @@ def test_clocks_leave_the_drafter_its_fast_path(target, drafter, tmp_path, monke
         found.append(lean_drafter(model))
         return found[-1]
 
-    monkeypatch.setattr(drafting, "lean_drafter", watched)
+    monkeypatch.setattr(drafter_state, "lean_drafter", watched)
     tree = make_methods(["dream_tree"], target, drafter)[1]
     encoder = PromptEncoder(tiny_processor())
     time_shares(target, encoder, tree, prompts(1), 10)

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import dream_hf
 from dream_hf import DreamDrafter, candidate_generator, generation
 from dream_hf.candidate_generator import DreamCandidateGenerator, dream_chain_generate
-from dream_hf.drafting import DrafterState
+from dream_hf.drafter_state import DrafterState
 
 NUM_NEW = 24
 READ = DrafterState.read

@@ -14,7 +14,9 @@ from torch import nn
 
 from dream_hf import DreamDrafter, choose_draft_vocabulary, draft_vocabulary
 from dream_hf.candidate_generator import dream_chain_generate
-from dream_hf.drafting import DrafterState, TargetHead, grow_tree
+from dream_hf.drafter_state import DrafterState
+from dream_hf.drafting import grow_tree
+from dream_hf.levels import TargetHead
 from dream_hf.metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 from dream_hf.targets import LogitRule, Target
 

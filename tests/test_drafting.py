@@ -11,8 +11,10 @@ from lossless import generate, open_gates, oracle, untrained
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from dream_hf import DreamConfig, DreamDrafter, drafting
-from dream_hf.drafting import DrafterState, TargetHead, grow_tree
+from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.drafter_state import DrafterState
+from dream_hf.drafting import grow_tree
+from dream_hf.levels import TargetHead
 from dream_hf.modeling_dream import DraftMasks
 from dream_hf.targets import Target
 
@@ -372,7 +374,7 @@ def test_the_drafter_reads_the_accepted_text(monkeypatch, name, batch, guidance)
     settings = {"max_new_tokens": 24} | ({"guidance_scale": guidance} if guidance else {})
     expected = generate(target, inputs, output_hidden_states=True, **settings)
     read: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(batch)]
-    original = drafting.DrafterState.read
+    original = DrafterState.read
 
     def spy(state, embeds, features, positions, counts):
         if state.tokens.longest:  # the prompt is read under compression, tested elsewhere
@@ -380,7 +382,7 @@ def test_the_drafter_reads_the_accepted_text(monkeypatch, name, batch, guidance)
                 read[row].append((embeds[row, :count], features[row, :count], positions[row, :count]))
         original(state, embeds, features, positions, counts)
 
-    monkeypatch.setattr(drafting.DrafterState, "read", spy)
+    monkeypatch.setattr(DrafterState, "read", spy)
     drafter, _ = oracle(target, inputs, expected.sequences, visual_keep_ratio=0.5)
     out = generate(target, inputs, assistant_model=drafter, **settings)
     assert torch.equal(out.sequences, expected.sequences)
@@ -409,8 +411,8 @@ def test_the_drafter_s_prompt_keeps_what_receives_most_attention(monkeypatch, na
     received = (outputs.attentions[-1] * is_real[:, None, :, None]).sum((1, 2))
     is_visual = Target(target).is_visual(inputs["input_ids"])
     calls = []
-    original = drafting.DrafterState.read
-    monkeypatch.setattr(drafting.DrafterState, "read", lambda *args: (calls.append(args[1:]), original(*args))[1])
+    original = DrafterState.read
+    monkeypatch.setattr(DrafterState, "read", lambda *args: (calls.append(args[1:]), original(*args))[1])
     generate(target, inputs, assistant_model=untrained(target, visual_keep_ratio=ratio), max_new_tokens=2)
     _, features, positions, counts = calls[0]
     for row in range(3):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dream_hf import DreamConfig, DreamDrafter, drafting, generation
+from dream_hf import DreamConfig, DreamDrafter, drafter_state, generation
 from dream_hf.targets import Target
 from dream_hf.tree import DraftTree
 from dream_hf.verification import accept_greedy
@@ -92,13 +92,13 @@ def test_a_run_gains_what_was_planned_and_pays_for_everything(pair, batch, monke
     plan = make_plan(3.0, DEPTH, 30, batch)
     calls = Counter()
     for name in ("beams", "read_on"):
-        original = getattr(drafting.DrafterState, name)
+        original = getattr(drafter_state.DrafterState, name)
 
         def counted(self, *args, _name=name, _original=original):
             calls[_name] += 1
             return _original(self, *args)
 
-        monkeypatch.setattr(drafting.DrafterState, name, counted)
+        monkeypatch.setattr(drafter_state.DrafterState, name, counted)
     before = generation.grow_tree
     run = engine_ways.run_dream(target, drafter, texts, 10, plan)
     assert generation.grow_tree is before

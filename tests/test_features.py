@@ -5,8 +5,10 @@ import torch
 from answered import Answered, answer
 from families import FAMILIES, family
 
-from dream_hf.drafting import DrafterState, TargetHead, grow_tree
+from dream_hf.drafter_state import DrafterState
+from dream_hf.drafting import grow_tree
 from dream_hf.features import FeatureExtractor, LayerSelection, last_prompts, predictions
+from dream_hf.levels import TargetHead
 from dream_hf.modeling_dream import DreamDrafter
 from dream_hf.objective import Objective
 from dream_hf.rollout import StepCache, roll_out, sample_starts

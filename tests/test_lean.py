@@ -5,7 +5,7 @@ import torch
 from test_modeling import ABLATIONS, HIDDEN, make_drafter, make_inputs
 from torch import nn
 
-from dream_hf.drafting import DrafterState
+from dream_hf.drafter_state import DrafterState
 from dream_hf.lean import lean_drafter
 
 

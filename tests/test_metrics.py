@@ -8,8 +8,8 @@ from answered import answer
 from families import family
 from oracle import make_oracle, make_plan
 
-from dream_hf.drafting import TargetHead
 from dream_hf.features import DrafterBatch, FeatureExtractor, LayerSelection
+from dream_hf.levels import TargetHead
 from dream_hf.metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 from dream_hf.modeling_dream import DreamDrafter
 from dream_hf.targets import Target

@@ -24,8 +24,8 @@ from lossless import (
 )
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dream_hf import DreamConfig, DreamDrafter, generation, pausing
-from dream_hf.drafting import DrafterState
+from dream_hf import DreamConfig, DreamDrafter, drafter_state, generation, pausing
+from dream_hf.drafter_state import DrafterState
 from dream_hf.pausing import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, Pausing, Unread
 from dream_hf.tree import DraftTree
 
@@ -196,7 +196,7 @@ def last_state(monkeypatch: pytest.MonkeyPatch, target: Target, inputs: Inputs, 
             super().__init__(*args)
             states.append(self)
 
-    monkeypatch.setattr(generation, "DrafterState", Watched)
+    monkeypatch.setattr(drafter_state, "DrafterState", Watched)
     return generate(target, inputs, **settings), states[0]
 
 

@@ -6,7 +6,7 @@ from families import family
 from lossless import generate
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.drafting import DrafterState
+from dream_hf.drafter_state import DrafterState
 from dream_hf.threads import cpu_threads
 
 

@@ -8,8 +8,9 @@ from families import family
 
 import dream_hf  # noqa: F401
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.drafting import DrafterState, TargetHead, grow_tree
-from dream_hf.levels import Beams
+from dream_hf.drafter_state import DrafterState
+from dream_hf.drafting import grow_tree
+from dream_hf.levels import Beams, TargetHead
 from dream_hf.targets import Target
 
 

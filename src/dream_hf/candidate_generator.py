@@ -23,7 +23,9 @@ from transformers.modeling_utils import PreTrainedModel
 from .attention import attention_received, observe_attention
 from .choosing import STATEFUL
 from .compression import compress_text
-from .drafting import DrafterState, TargetHead, grow_tree
+from .drafter_state import DrafterState
+from .drafting import grow_tree
+from .levels import TargetHead
 from .modeling_dream import DreamDrafter
 from .requests import check_cache, check_request
 from .targets import DecoderRecord, Target, end_ids

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
-from .drafting import DrafterState
+from .drafter_state import DrafterState
 from .modeling_dream import DreamDrafter
 
 

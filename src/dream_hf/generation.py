@@ -23,7 +23,9 @@ from .attention import TreeScope, attention_received, observe_attention, tree_sc
 from .choosing import Chooser, may_remember
 from .compression import compress_text
 from .continuation import recall, remember
-from .drafting import DrafterState, TargetHead, grow_tree
+from .drafter_state import make_drafter_state
+from .drafting import grow_tree
+from .levels import TargetHead
 from .modeling_dream import DreamDrafter
 from .outputs import DreamGenerateOutput, Recorder
 from .pausing import Pausing, Unread
@@ -134,7 +136,7 @@ class _Decoding:
         self.recorder = Recorder(generation_config, batch, sliding_windows(target.text_config))
         self.cache: Cache = model_kwargs["past_key_values"]
         self.forwards, self.slots = forwards, forwards.slots
-        self.state = DrafterState(drafter, batch, forwards.settings)
+        self.state = make_drafter_state(drafter, batch, forwards.settings)
         self.pausing = Pausing(drafter.config.pause_below)
         self.unread = Unread()
         self.longest_text: int | None = None  # slots of the prompt and of what may follow it, if that has a limit

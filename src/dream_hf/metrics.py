@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .configuration_dream import DreamConfig
-from .drafting import DrafterState, TargetHead, grow_tree
+from .drafter_state import DrafterState
+from .drafting import grow_tree
 from .features import DrafterBatch
+from .levels import TargetHead
 from .losses import MAX_LOGITS
 from .modeling_dream import DreamDrafter
 from .rollout import roll_out

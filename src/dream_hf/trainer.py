@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from .checkpointing import WholeCheckpointTrainer
 from .data import ConversationCollator, ConversationDataset
-from .drafting import TargetHead
 from .feature_cache import FeatureCache, collate_rows, to_batch, to_row
 from .features import DrafterBatch, FeatureExtractor, predictions
+from .levels import TargetHead
 from .metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 from .model_card import write_card
 from .modeling_dream import DreamDrafter

@@ -38,8 +38,8 @@ FUNCTIONS = {
     "caches:SlotLayer.update": "cache work",
     "caches:SlotLayer.keep": "cache work",
     "caches:Slots.commit": "cache work",
-    "drafting:DrafterState._forward": "drafter forward",
-    "drafting:DrafterState._compiled_level": "drafter forward",
+    "drafter_state:DrafterState._forward": "drafter forward",
+    "drafter_state:CompiledDrafterState._compiled_level": "drafter forward",
     "modeling_dream:attention_bias": "mask building",
 }
 MASK_NAMES = ("sdpa", "eager", "flex_attention")

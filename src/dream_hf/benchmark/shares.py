@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .. import generation
-from ..drafting import DrafterState, TargetHead
+from ..drafter_state import CompiledDrafterState, DrafterState
+from ..levels import TargetHead
 from ..modeling_dream import DreamDrafter
 from ..prompts import PromptEncoder
 from ..verifying import CompiledForwards, Forwards
@@ -101,7 +102,7 @@ def _watch_functions(stack: ExitStack, clock: OwnerClock, target: Any) -> None:
         (Forwards, "__call__", "target"),
         (CompiledForwards, "__call__", "target"),
         (DrafterState, "_forward", "drafter"),
-        (DrafterState, "_compiled_level", "drafter"),
+        (CompiledDrafterState, "_compiled_level", "drafter"),
     ]
     for owner_class, name, owner in owners:
         function = vars(owner_class)[name]
@@ -122,7 +123,7 @@ def clocked_head(timed: Callable[[Callable], Callable]) -> Callable[..., TargetH
 
 
 def without_clocked_head(level: Callable) -> Callable:
-    """`DrafterState._compiled_level`, given a clocked head: with the clocks inside, it would be compiled anew."""
+    """`CompiledDrafterState._compiled_level`, given a clocked head: with the clocks inside, it would be compiled anew."""
 
     @functools.wraps(level)
     def call(state: DrafterState, head: Any, *args: Any) -> Any:

@@ -18,7 +18,9 @@ import torch
 
 from .. import generation
 from ..configuration_dream import DreamConfig
-from ..drafting import LEVEL_PRICE, DrafterState, TargetHead, grow_tree
+from ..drafter_state import DrafterState
+from ..drafting import LEVEL_PRICE, grow_tree
+from ..levels import TargetHead
 from ..modeling_dream import DreamDrafter
 from ..prompts import on_model
 from ..tree import DraftTree

@@ -1,0 +1,232 @@
+"""A drafter in mid-decoding: its caches, where each row stands, and its forwards over verified text and over beams.
+
+B rows, k beams per level, H width. The caches hold the verified tokens and features; while a tree grows, its beams sit in the
+tentative slots behind them, and a beam sees of those only its own ancestors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers.cache_utils import Cache
+
+from .caches import Slots, slot_cache
+from .compiling import Settings, compiled_function
+from .compression import DrafterText
+from .lean import Angles, lean_drafter
+from .levels import Beams, Level, TargetHead, lean_level, next_level
+from .modeling_dream import DraftMasks, DreamDrafter
+from .static_caches import StaticSlotLayer, StaticSlots, static_cache
+from .threads import cpu_threads
+
+
+class DrafterState:
+    """The state of a drafter.
+
+    A row's features are one fewer than its tokens: the last token has not been through the target. Feature slot s holds
+    what produced the token in slot s + 1, so whoever sees that token sees that feature, and one mask serves both.
+
+    Args:
+        drafter (`DreamDrafter`): The drafter; not changed.
+        batch_size (`int`): Rows.
+    """
+
+    def __init__(self, drafter: DreamDrafter, batch_size: int):
+        self.drafter = drafter
+        self.lean = lean_drafter(drafter)
+        self.tokens, self.features, self.cache = self._make_cache(batch_size)
+        self.root_features: torch.Tensor | None = None  # (B, 1, H), the drafter's own for the last token
+        self.root_positions: torch.Tensor | None = None  # (B, 1)
+        self.level_angles: Angles | None = None  # of the levels below the last token
+
+    def read(
+        self,
+        embeds: torch.Tensor,  # (B, T, H)
+        features: torch.Tensor,  # (B, S, H), S = T, or T - 1 at the start
+        positions: torch.Tensor,  # (B, T)
+        counts: Sequence[int],
+    ) -> None:
+        """Take in verified text: the first `counts[b]` tokens of row b, of which the last has no feature yet."""
+        device, dtype = self.drafter.device, self.drafter.dtype
+        positions = positions.to(device)
+        num_tokens, num_missing = embeds.shape[1], embeds.shape[1] - features.shape[1]
+        own = self.tokens.tensor(device)[:, None] + torch.arange(num_tokens, device=device)
+        sees = torch.arange(self.reserve(num_tokens), device=device) <= own[..., None]
+        is_prompt = not self.features.longest  # many tokens: as many threads as there are
+        with cpu_threads(None if is_prompt else self.drafter.config.draft_threads):
+            hidden = self._forward(embeds.to(device, dtype), features.to(device, dtype), sees, positions)
+        self.level_angles = None
+        self.tokens.commit(counts)
+        self.features.commit([max(count - num_missing, 0) for count in counts])
+        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
+        self.root_features = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        self.root_positions = positions.gather(1, last)
+
+    def read_prompt(
+        self, text: DrafterText, first: torch.Tensor, end: torch.Tensor, known: torch.Tensor | None = None
+    ) -> None:
+        """Take in a prompt, and the first token behind it.
+
+        Args:
+            text (`DrafterText`): What the drafter reads of the prompt.
+            first (`torch.Tensor` of shape `(B, 1, H)`): Embedding of each row's first new token.
+            end (`torch.LongTensor` of shape `(B, 1)`): Its position.
+            known (`torch.Tensor` of shape `(B, 0 or 1, H)`, *optional*): Feature of the token before the text, if
+                the drafter has read that token already.
+        """
+        embeds, positions = nn.functional.pad(text.embeds, (0, 0, 0, 1)), nn.functional.pad(text.positions, (0, 1))
+        behind = text.counts[:, None]  # right behind each row's last kept token
+        first = first.to(embeds.device, embeds.dtype)
+        embeds.scatter_(1, behind[..., None].expand(-1, -1, embeds.shape[-1]), first)
+        positions.scatter_(1, behind, end)
+        features = text.features if known is None else torch.cat([known, text.features], dim=1)
+        self.read(embeds, features, positions, (text.counts + 1).tolist())
+
+    def read_on(self, embeds: torch.Tensor, features: torch.Tensor, counts: Sequence[int]) -> None:
+        """Take in what came right after the last token: embeds and features (B, T, H), `counts[b]` tokens of row b."""
+        assert self.root_positions is not None  # something has been read
+        steps = torch.arange(1, embeds.shape[1] + 1, device=self.drafter.device)
+        self.read(embeds, features, self.root_positions + steps, counts)
+
+    def reserve(self, num_new: int) -> int:
+        """Make room for `num_new` tentative slots; returns how many columns a mask over all slots has.
+
+        Column c stands for token slot c and feature slot c - 1.
+        """
+        return max(self._num_slots(self.tokens, num_new), self._num_slots(self.features, num_new) + 1)
+
+    def beams(self, embeds: torch.Tensor, features: torch.Tensor, sees: torch.Tensor, level: int) -> torch.Tensor:
+        """Run one level's beams, tentatively: embeds (B, k, H), their parents' features (B, k, H) -> features (B, k, H).
+
+        `sees` (B, k, columns) tells which slots each beam sees: the verified ones, its ancestors' and its own.
+        """
+        assert self.root_positions is not None  # something has been read
+        if self.lean is not None and self.features.longest:
+            hidden = self._forward(embeds, features, sees, None, self.angles_of(level, embeds))
+        else:
+            positions = (self.root_positions + level).expand(-1, embeds.shape[1])
+            hidden = self._forward(embeds, features, sees, positions)
+        self.extend(embeds.shape[1])
+        return hidden
+
+    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+        """Run the beams at a depth, tentatively, and find `top_k` children of each."""
+        embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
+        return next_level(head, beams, self.beams(embeds, beams.features, beams.sees, depth), top_k)
+
+    def extend(self, num_beams: int) -> None:
+        """Take note that a level has been written to the tentative slots."""
+        self.tokens.extend(num_beams)
+        self.features.extend(num_beams)
+
+    def limit(self, num_tokens: int | None) -> None:
+        """Let buffers have no more room than for this many tokens in a row, beams included."""
+        self.tokens.limit = self.features.limit = num_tokens
+
+    def forget_beams(self) -> None:
+        """Take the tentative slots back."""
+        self.tokens.rollback()
+        self.features.rollback()
+
+    def angles_of(self, level: int, like: torch.Tensor) -> Angles | None:
+        """Rotary angles of a level, all beams of which have one position; computed for all levels together."""
+        if self.lean is None or self.root_positions is None:
+            return None
+        if self.level_angles is None or level > self.level_angles[0].shape[2]:
+            levels = torch.arange(1, max(level, self.drafter.config.tree_depth) + 1, device=like.device)
+            self.level_angles = self.lean.angles(like, self.root_positions + levels)
+        cos, sin = self.level_angles
+        return cos[:, :, level - 1 : level], sin[:, :, level - 1 : level]
+
+    def _forward(
+        self,
+        embeds: torch.Tensor,
+        features: torch.Tensor,
+        sees: torch.Tensor,
+        positions: torch.Tensor | None,  # not needed where there are angles
+        angles: Angles | None = None,
+    ) -> torch.Tensor:
+        num_tokens, num_features = embeds.shape[1], features.shape[1]
+        seen_features = sees[..., 1 : 1 + self._num_slots(self.features, num_features)]
+        masks = DraftMasks(sees[..., : self._num_slots(self.tokens, num_tokens)], seen_features)
+        if self.lean is not None and self.features.longest:  # else the first token sees no feature
+            if angles is None:
+                angles = self.lean.angles(embeds, positions)  # type: ignore[arg-type]
+            return self.lean(embeds, features, masks, angles, self.cache)
+        outputs = self.drafter(
+            embeds, features, attention_mask=masks, position_ids=positions, past_key_values=self.cache
+        )
+        return outputs.last_hidden_state
+
+    def _make_cache(self, batch_size: int) -> tuple[Slots, Slots, Cache]:
+        """Slots of tokens, slots of features, and a cache whose layers stand where these say."""
+        tokens, features = Slots([0] * batch_size), Slots([0] * batch_size)
+        return tokens, features, slot_cache(self._by_layer(tokens, features))
+
+    def _by_layer(self, tokens: Any, features: Any) -> list[Any]:
+        """What each layer's keys stand for: cross-attention looks at features."""
+        return [features if kind == "cross" else tokens for kind in self.drafter.config.block_types]
+
+    def _num_slots(self, slots: Slots, num_new: int) -> int:
+        """Slots that attention is shown when `num_new` are written."""
+        return slots.end + num_new
+
+
+class CompiledDrafterState(DrafterState):
+    """A [`DrafterState`] whose levels are compiled, in buffers that stay where they are.
+
+    Args:
+        drafter (`DreamDrafter`): One that has a lean form.
+        batch_size (`int`): Rows.
+        settings (`Settings`): How to compile.
+    """
+
+    def __init__(self, drafter: DreamDrafter, batch_size: int, settings: Settings):
+        super().__init__(drafter, batch_size)
+        self.run_level = compiled_function(drafter, lean_level, settings)
+
+    def reserve(self, num_new: int) -> int:
+        for layer in self._layers:
+            layer.reserve(num_new)
+        return super().reserve(num_new)
+
+    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+        level = self._compiled_level(head, beams, depth, top_k)
+        self.extend(beams.tokens.shape[1])
+        if beams.features.device.type == "cpu":
+            return level
+        return tree_map(torch.clone, level)  # a captured graph writes its next results over these
+
+    def _compiled_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+        num_beams, angles = beams.tokens.shape[1], self.angles_of(depth, beams.features)
+        if num_beams < top_k or depth == 1:  # views: other strides would be another graph
+            beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))
+        num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
+        return self.run_level(self.lean, self.cache, head, beams, angles, num_columns, top_k)
+
+    @property
+    def _layers(self) -> list[StaticSlotLayer]:
+        return self.cache.layers  # type: ignore[return-value]
+
+    def _make_cache(self, batch_size: int) -> tuple[Slots, Slots, Cache]:
+        tokens, features = StaticSlots([0] * batch_size), StaticSlots([0] * batch_size)
+        config = self.drafter.config
+        shape: Any = (batch_size, config.num_key_value_heads, 0, config.head_dim)
+        empty = torch.empty(shape, dtype=self.drafter.dtype, device=self.drafter.device)
+        return tokens, features, static_cache(self._by_layer(tokens, features), empty)
+
+    def _num_slots(self, slots: Slots, num_new: int) -> int:
+        """As many as the buffers have, in which every layer of the same slots has as many."""
+        layers = [layer for layer in self._layers if layer.slots is slots]
+        return layers[0].get_mask_sizes(num_new)[0] if layers else super()._num_slots(slots, num_new)
+
+
+def make_drafter_state(drafter: DreamDrafter, batch_size: int, settings: Settings | None) -> DrafterState:
+    """A state whose levels are compiled as `settings` say, if there are any and the drafter has a lean form."""
+    if settings is None or lean_drafter(drafter) is None:
+        return DrafterState(drafter, batch_size)
+    return CompiledDrafterState(drafter, batch_size, settings)
