@@ -18,7 +18,7 @@ from .caches import Slots, slot_cache
 from .compiling import Settings, compiled_function
 from .compression import DrafterText
 from .lean import Angles, lean_drafter
-from .levels import Beams, Level, TargetHead, lean_level, next_level
+from .levels import Beams, Level, TargetHead, lean_level, let_beams_vary, next_level
 from .modeling_dream import DraftMasks, DreamDrafter
 from .static_caches import StaticSlotLayer, StaticSlots, static_cache
 from .threads import cpu_threads
@@ -150,13 +150,13 @@ class DrafterState:
         positions: torch.Tensor | None,  # not needed where there are angles
         angles: Angles | None = None,
     ) -> torch.Tensor:
-        num_tokens, num_features = embeds.shape[1], features.shape[1]
-        seen_features = sees[..., 1 : 1 + self._num_slots(self.features, num_features)]
-        masks = DraftMasks(sees[..., : self._num_slots(self.tokens, num_tokens)], seen_features)
         if self.lean is not None and self.features.longest:  # else the first token sees no feature
             if angles is None:
                 angles = self.lean.angles(embeds, positions)  # type: ignore[arg-type]
-            return self.lean(embeds, features, masks, angles, self.cache)
+            return self.lean(embeds, features, DraftMasks(sees, sees[..., 1:]), angles, self.cache)
+        num_tokens = self._num_slots(self.tokens, embeds.shape[1])
+        num_features = self._num_slots(self.features, features.shape[1])
+        masks = DraftMasks(sees[..., :num_tokens], sees[..., 1 : 1 + num_features])
         outputs = self.drafter(
             embeds, features, attention_mask=masks, position_ids=positions, past_key_values=self.cache
         )
@@ -188,6 +188,7 @@ class CompiledDrafterState(DrafterState):
     def __init__(self, drafter: DreamDrafter, batch_size: int, settings: Settings):
         super().__init__(drafter, batch_size)
         self.run_level = compiled_function(drafter, lean_level, settings)
+        self.counts_seen: set[int] = set()  # how many beams levels have had so far
 
     def reserve(self, num_new: int) -> int:
         for layer in self._layers:
@@ -202,11 +203,15 @@ class CompiledDrafterState(DrafterState):
         return tree_map(torch.clone, level)  # a captured graph writes its next results over these
 
     def _compiled_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
-        num_beams, angles = beams.tokens.shape[1], self.angles_of(depth, beams.features)
-        if num_beams < top_k or depth == 1:  # views: other strides would be another graph
-            beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))
-        num_columns = self._num_slots(self.tokens, num_beams), self._num_slots(self.features, num_beams)
-        return self.run_level(self.lean, self.cache, head, beams, angles, num_columns, top_k)
+        angles = self.angles_of(depth, beams.features)
+        beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))  # one layout, one graph
+        num_beams = beams.tokens.shape[1]
+        if (
+            self._layers[0].is_dynamic and num_beams not in self.counts_seen
+        ):  # only such a level may have to be compiled
+            let_beams_vary(beams)
+            self.counts_seen.add(num_beams)
+        return self.run_level(self.lean, self.cache, head, beams, angles, top_k)
 
     @property
     def _layers(self) -> list[StaticSlotLayer]:

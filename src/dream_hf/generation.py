@@ -258,10 +258,10 @@ class _Decoding:
         root = self._last_tokens()
         if self.pausing.is_paused:
             return DraftTree.chain(root)
-        room, max_depth = self.ends.room(self.texts), self.pausing.max_depth
-        limits = [] if max_depth is None else [max_depth]
-        limits += [] if room is None else [room - 1]  # the target adds a token
-        tree = grow_tree(self.state, self.head, root, self.drafter.config, min(limits, default=None))
+        room = self.ends.room(self.texts)
+        limits = [self.pausing.max_depth, None if room is None else room - 1]  # the target adds a token
+        max_depth = min((limit for limit in limits if limit is not None), default=None)
+        tree = grow_tree(self.state, self.head, root, self.drafter.config, max_depth)
         return tree.to(self.texts.ids.device)
 
     def _read_on(self) -> None:

@@ -55,7 +55,7 @@ class LeanDrafter:
         self,
         embeds: torch.Tensor,  # (B, T, H)
         features: torch.Tensor,  # (B, S, H)
-        masks: DraftMasks,  # every token sees a feature
+        masks: DraftMasks,  # every token sees a feature; there may be more columns than keys
         angles: Angles,
         cache: Cache,
     ) -> torch.Tensor:
@@ -104,6 +104,7 @@ class _Attention:
     ) -> torch.Tensor:
         """Attention to all keys in the cache, the new ones included: (B, heads, T, head_dim)."""
         keys, values = cache.update(keys, values, self.layer_idx)
+        sees = sees[..., : keys.shape[2]]
         return scaled_dot_product_attention(queries, keys, values, attn_mask=sees, enable_gqa=self.is_grouped)
 
 

@@ -112,13 +112,19 @@ def lean_level(
     head: TargetHead,
     beams: Beams,
     angles: Angles,
-    num_columns: tuple[int, int],
     top_k: int,
 ) -> Level:
     """A whole level as one function of tensors, to be compiled: the beams go in, their children and the next beams come out."""
     embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
-    masks = DraftMasks(beams.sees[..., : num_columns[0]], beams.sees[..., 1 : 1 + num_columns[1]])
+    masks = DraftMasks(beams.sees, beams.sees[..., 1:])
     return next_level(head, beams, lean(embeds, beams.features, masks, angles, cache), top_k)
+
+
+def let_beams_vary(beams: Beams) -> None:
+    """Let code compiled for these beams serve any other number of them (but one, which is another graph) and of columns."""
+    for part in beams[:-1]:
+        torch._dynamo.maybe_mark_dynamic(part, 1)
+    torch._dynamo.maybe_mark_dynamic(beams.sees, 2)
 
 
 def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
