@@ -206,10 +206,8 @@ class CompiledDrafterState(DrafterState):
         angles = self.angles_of(depth, beams.features)
         beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))  # one layout, one graph
         num_beams = beams.tokens.shape[1]
-        if (
-            self._layers[0].is_dynamic and num_beams not in self.counts_seen
-        ):  # only such a level may have to be compiled
-            let_beams_vary(beams)
+        if self._layers[0].is_dynamic and num_beams not in self.counts_seen:
+            let_beams_vary(beams)  # in case this level, the first of its kind, gets compiled
             self.counts_seen.add(num_beams)
         return self.run_level(self.lean, self.cache, head, beams, angles, top_k)
 
