@@ -20,7 +20,7 @@ from .. import generation
 from ..prompts import PromptEncoder
 from .measure import measure, synchronize
 from .methods import Method
-from .shares import clocked_head, without_clocked_head
+from .shares import clocked_head, function_to_clock
 from .syncs import count_syncs
 from .tasks import Prompt
 
@@ -95,10 +95,7 @@ def clocked(device: torch.device) -> Iterator[PhaseClock]:
     with ExitStack() as stack:
         for address, name in FUNCTIONS.items():
             owner, attribute = find_function(address)
-            function = getattr(owner, attribute)
-            if attribute == "_compiled_level":
-                function = without_clocked_head(function)
-            _replace(stack, owner, attribute, clock.timed(function, name))
+            _replace(stack, owner, attribute, clock.timed(function_to_clock(owner, attribute), name))
         for name in MASK_NAMES:
             if name in masks:
                 stack.callback(masks.__setitem__, name, masks[name])

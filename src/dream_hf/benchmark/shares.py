@@ -105,10 +105,8 @@ def _watch_functions(stack: ExitStack, clock: OwnerClock, target: Any) -> None:
         (CompiledDrafterState, "_compiled_level", "drafter"),
     ]
     for owner_class, name, owner in owners:
-        function = vars(owner_class)[name]
-        stack.callback(setattr, owner_class, name, function)
-        is_level = name == "_compiled_level"
-        setattr(owner_class, name, clock.timed(without_clocked_head(function) if is_level else function, owner))
+        stack.callback(setattr, owner_class, name, vars(owner_class)[name])
+        setattr(owner_class, name, clock.timed(function_to_clock(owner_class, name), owner))
     stack.callback(target.__dict__.pop, "_prefill", None)
     target._prefill = clock.timed(target._prefill, "target")
 
@@ -122,14 +120,17 @@ def clocked_head(timed: Callable[[Callable], Callable]) -> Callable[..., TargetH
     return make
 
 
-def without_clocked_head(level: Callable) -> Callable:
-    """`CompiledDrafterState._compiled_level`, given a clocked head: with the clocks inside, it would be compiled anew."""
+def function_to_clock(owner: Any, name: str) -> Callable:
+    """A function as it is to be clocked. Compiled levels get the head's own functions: clocks would be compiled along, anew."""
+    function: Callable = getattr(owner, name)
+    if function is not CompiledDrafterState._compiled_level:
+        return function
 
-    @functools.wraps(level)
-    def call(state: DrafterState, head: Any, *args: Any) -> Any:
-        return level(state, replace(head, embed=head.embed.__wrapped__, logits=head.logits.__wrapped__), *args)
+    @functools.wraps(function)
+    def level(state: DrafterState, head: Any, *args: Any) -> Any:
+        return function(state, replace(head, embed=head.embed.__wrapped__, logits=head.logits.__wrapped__), *args)
 
-    return call
+    return level
 
 
 def time_shares(
