@@ -10,7 +10,7 @@ import dream_hf  # noqa: F401
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.drafter_state import DrafterState
 from dream_hf.drafting import grow_tree
-from dream_hf.levels import Beams, TargetHead
+from dream_hf.levels import Level, TargetHead
 from dream_hf.targets import Target
 
 
@@ -129,17 +129,24 @@ def test_thresholds_are_probabilities(name):
         DreamConfig(**{name: 1.5})
 
 
-def test_beams_closed_up_see_what_they_saw():
-    """Beams taken out of the middle are written to the first slots: their ancestors stay, their own slot moves."""
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [0, 1], [1], [0, 2], [1, 2, 3]])
+@pytest.mark.parametrize("num_parents", [1, 3])
+def test_beams_see_what_their_parents_saw(num_parents, places):
+    """The beams chosen are written to the first slots, whichever they are, and see those slots besides."""
     torch.manual_seed(0)
     own = torch.arange(20, 24).view(1, 4, 1).repeat(2, 1, 1)
-    ancestors = torch.rand(2, 4, 30) < 0.5
-    ancestors[..., 20:] = False
-    sees = ancestors.scatter(2, own, True)
-    beams = Beams(torch.arange(8).view(2, 4), torch.rand(2, 4), torch.rand(2, 4, 3), sees, own)
-    for places in ([0, 1, 2, 3], [0, 1], [1], [0, 2], [1, 2, 3]):
-        some = beams.at(places)
-        assert torch.equal(some.tokens, beams.tokens[:, places]) and torch.equal(some.scores, beams.scores[:, places])
-        assert torch.equal(some.features, beams.features[:, places])
-        assert torch.equal(some.own, own)
-        assert torch.equal(some.sees, ancestors[:, places].scatter(2, own[:, : len(places)], True))
+    sees = torch.rand(2, num_parents, 30) < 0.5
+    sees[..., 20:] = False
+    features, before = torch.rand(2, num_parents, 3), sees.clone()
+    tokens, scores = torch.randint(99, (2, num_parents * 4)), torch.rand(2, num_parents * 4)
+    best = scores.topk(4, dim=-1).indices
+    level = Level(tokens, scores, best, tokens.gather(1, best), scores.gather(1, best), features, sees, own)
+    beams = level.beams(places)
+    for row in range(2):
+        nodes = best[row, places]
+        parents = nodes // 4
+        assert torch.equal(beams.tokens[row], tokens[row, nodes]) and torch.equal(beams.scores[row], scores[row, nodes])
+        assert torch.equal(beams.features[row], features[row, parents])
+        expected = sees[row, parents].scatter(1, own[row, : len(places)], True)
+        assert torch.equal(beams.sees[row], expected)
+    assert torch.equal(beams.own, own) and torch.equal(sees, before)

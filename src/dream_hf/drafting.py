@@ -13,7 +13,7 @@ import torch
 
 from .configuration_dream import DreamConfig
 from .drafter_state import DrafterState
-from .levels import Beams, Level, TargetHead, first_level
+from .levels import Level, TargetHead, first_level, index_of
 from .threads import cpu_threads
 from .tree import DraftTree
 
@@ -26,29 +26,29 @@ LEVEL_PRICE = 1e-3
 class _Candidates:
     """All expanded nodes so far, in order of levels: tokens and cumulative log-probabilities (B, n) of each level.
 
-    `beams` (B, b) of a level are those it comes from, as places in the level above, and -1 for the root.
+    `parents` (B, m) of a level are the nodes it comes from, as places in the level above, and -1 for the root.
     """
 
     tokens: list[torch.Tensor] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
-    beams: list[torch.Tensor] = field(default_factory=list)
+    parents: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, level: Level, beams: torch.Tensor) -> None:
-        """Add a level, whose nodes are the children of `beams` (B, b), equally many of each."""
+    def add(self, level: Level, parents: torch.Tensor) -> None:
+        """Add a level, whose nodes are the children of `parents` (B, m), equally many of each."""
         self.tokens.append(level.tokens)
         self.scores.append(level.scores)
-        self.beams.append(beams)
+        self.parents.append(parents)
 
-    def parents(self) -> torch.Tensor:
+    def parent_of_each(self) -> torch.Tensor:
         """Parent of each candidate among all of them, -1 for the root: (B, C)."""
         starts, above = [0], 0  # where the level above a level starts
         for tokens in self.tokens[:-1]:
             starts.append(above)
             above += tokens.shape[1]
-        beams = torch.cat(self.beams, dim=1)
-        start = [start for start, level in zip(starts, self.beams, strict=True) for _ in range(level.shape[1])]
+        parents = torch.cat(self.parents, dim=1)
+        start = [start for start, level in zip(starts, self.parents, strict=True) for _ in range(level.shape[1])]
         children = self.tokens[0].shape[1]
-        return (beams + torch.tensor(start, device=beams.device))[..., None].expand(-1, -1, children).flatten(1)
+        return (parents + torch.tensor(start, device=parents.device))[..., None].expand(-1, -1, children).flatten(1)
 
 
 def grow_tree(
@@ -93,12 +93,12 @@ def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, n
     level = first_level(head, state.root_features, lengths, num_columns, top_k)
     found.add(level, torch.full_like(level.tokens[:, :1], -1))
     for depth in range(1, num_levels):
-        promising = _promising(level.beams, head, config)
+        promising = _promising(level, head, config)
         if not promising:
             break
-        expanded = level.only(promising)
-        level = state.next_level(head, expanded.beams, depth, top_k)
-        found.add(level, expanded.chosen)
+        parents = level.best[:, index_of(promising)]
+        level = state.next_level(head, level.beams(promising), depth, top_k)
+        found.add(level, parents)
     state.forget_beams()
     return found
 
@@ -114,7 +114,7 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfi
         num_nodes = max(int(is_likely.sum(-1).max()), 1)
     chosen = best.indices[:, :num_nodes].sort(dim=-1).values
     tokens = torch.cat(found.tokens, dim=1).gather(1, chosen)
-    parents = found.parents().gather(1, chosen)
+    parents = found.parent_of_each().gather(1, chosen)
 
     # Node index of every candidate: 0 for the root, kept at the end so that parent -1 finds it.
     nodes = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.long, device=scores.device)
@@ -135,19 +135,19 @@ def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.T
     )
 
 
-def _promising(beams: Beams, head: TargetHead, config: DreamConfig) -> list[int]:
-    """Which of the beams to expand: none where they are reached too rarely together, or all of them end the text.
+def _promising(level: Level, head: TargetHead, config: DreamConfig) -> list[int]:
+    """Which of the best nodes to expand: none where they are reached too rarely together, or all of them end the text.
 
-    A beam that every row would leave out, with all that is below it, is not worth it. Off the CPU, without thresholds, that
+    A node that every row would leave out, with all that is below it, is not worth it. Off the CPU, without thresholds, that
     is not worth a transfer to the host.
     """
     min_level, min_node = config.tree_min_level_probability, config.tree_min_node_probability
-    if beams.scores.device.type != "cpu" and not min_level and not min_node:
-        return list(range(beams.scores.shape[1]))
+    if level.scores.device.type != "cpu" and not min_level and not min_node:
+        return list(range(level.best.shape[1]))
     rows = [
         [0.0 if token in head.ends else math.exp(score) for token, score in zip(*row, strict=True)]
-        for row in zip(beams.tokens.tolist(), beams.scores.tolist(), strict=True)
+        for row in zip(level.best_tokens.tolist(), level.best_scores.tolist(), strict=True)
     ]
     if max(sum(row) for row in rows) < min_level:
         return []
-    return [beam for beam, values in enumerate(zip(*rows, strict=True)) if (best := max(values)) and best >= min_node]
+    return [place for place, values in enumerate(zip(*rows, strict=True)) if (best := max(values)) and best >= min_node]

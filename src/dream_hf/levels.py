@@ -31,42 +31,43 @@ class TargetHead:
 
 
 class Beams(NamedTuple):
-    """The n nodes of a level that are expanded, at most k, in each of B rows."""
+    """The m nodes of a level that are expanded, at most k, in each of B rows."""
 
-    tokens: torch.Tensor  # (B, n)
-    scores: torch.Tensor  # (B, n), cumulative log-probabilities
-    features: torch.Tensor  # (B, n, H), their parents'
-    sees: torch.Tensor  # (B, n, columns), the verified tokens, their ancestors and themselves
-    own: torch.Tensor  # (B, k, 1), the token slots for k beams, the first n of which these are written to
-
-    def at(self, places: list[int]) -> Beams:
-        """Some of them, closed up."""
-        num_beams = len(places)
-        if num_beams == self.tokens.shape[1]:
-            return self
-        if places[-1] == num_beams - 1:  # the first: views
-            tokens, scores, features, sees = (part[:, :num_beams] for part in self[:-1])
-            return Beams(tokens, scores, features, sees, self.own)
-        old, new = self.own[:, places], self.own[:, :num_beams]
-        sees = self.sees[:, places].scatter_(2, old, False).scatter_(2, new, True)
-        return Beams(self.tokens[:, places], self.scores[:, places], self.features[:, places], sees, self.own)
+    tokens: torch.Tensor  # (B, m)
+    scores: torch.Tensor  # (B, m), cumulative log-probabilities
+    features: torch.Tensor  # (B, m, H), their parents'
+    sees: torch.Tensor  # (B, m, columns), the verified tokens, their ancestors and themselves
+    own: torch.Tensor  # (B, k, 1), the token slots for k beams, the first m of which these are written to
 
 
 class Level(NamedTuple):
-    """All expanded nodes of a level, n of them in each row, and the best of them."""
+    """All expanded nodes of a level, n of them in each row, and the k best of them, which may be expanded in turn."""
 
     tokens: torch.Tensor  # (B, n)
     scores: torch.Tensor  # (B, n)
-    chosen: torch.Tensor  # (B, k), which of them are the beams
-    beams: Beams
+    best: torch.Tensor  # (B, k), places of the best nodes among all, best first
+    best_tokens: torch.Tensor  # (B, k)
+    best_scores: torch.Tensor  # (B, k)
+    hidden: torch.Tensor  # (B, parents, H), features of the parents, each of which has k children
+    sees: torch.Tensor  # (B, parents, columns), what the parents see
+    own: torch.Tensor  # (B, k, 1), the token slots for k beams
 
-    def only(self, places: list[int]) -> Level:
-        """The level with some of its beams."""
-        if len(places) == self.chosen.shape[1]:
-            return self
-        is_first = places[-1] == len(places) - 1
-        chosen = self.chosen[:, : len(places)] if is_first else self.chosen[:, places]
-        return self._replace(chosen=chosen, beams=self.beams.at(places))
+    def beams(self, places: list[int]) -> Beams:
+        """Some of the best nodes as beams: each sees what its parent saw, and itself."""
+        num_beams, chosen = len(places), index_of(places)
+        if self.hidden.shape[1] == 1:
+            features, sees = self.hidden.expand(-1, num_beams, -1), self.sees.expand(-1, num_beams, -1)
+        else:
+            parents = (self.best[:, chosen] // self.best.shape[1])[..., None]
+            features = self.hidden.gather(1, parents.expand(-1, -1, self.hidden.shape[-1]))
+            sees = self.sees.gather(1, parents.expand(-1, -1, self.sees.shape[-1]))
+        sees = sees.scatter(2, self.own[:, :num_beams], True)
+        return Beams(self.best_tokens[:, chosen], self.best_scores[:, chosen], features, sees, self.own)
+
+
+def index_of(places: list[int]) -> slice | list[int]:
+    """Rising places as an index: the first few as a slice, which copies nothing."""
+    return slice(len(places)) if places[-1] == len(places) - 1 else places
 
 
 def first_level(
@@ -76,34 +77,30 @@ def first_level(
     scores, tokens = _top_log_probs(head, root_features, top_k)  # (B, 1, k) each
     verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
     own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
-    return _choose(tokens, scores, root_features, verified[:, None], own)
+    return _ranked(tokens, scores, root_features, verified[:, None], own)
 
 
 def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> Level:
-    """The children of `beams`, whose features are `hidden` (B, k, H), `top_k` of each."""
-    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, k, top_k) each
-    return _choose(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + beams.tokens.shape[1])
+    """The children of `beams`, whose features are `hidden` (B, m, H), `top_k` of each."""
+    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, m, top_k) each
+    return _ranked(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + beams.tokens.shape[1])
 
 
-def _choose(
-    tokens: torch.Tensor,  # (B, parents, k)
+def _ranked(
+    tokens: torch.Tensor,  # (B, parents, k), likeliest first
     scores: torch.Tensor,  # (B, parents, k)
-    hidden: torch.Tensor,  # (B, parents, H)
-    sees: torch.Tensor,  # (B, parents, columns)
-    own: torch.Tensor,  # (B, k, 1)
+    hidden: torch.Tensor,
+    sees: torch.Tensor,
+    own: torch.Tensor,
 ) -> Level:
-    """The k best of the nodes become the next beams: each sees what its parent saw, and itself."""
+    """The level of these nodes, and its k best."""
     num_parents, top_k = tokens.shape[1:]
     tokens, scores = tokens.flatten(1), scores.flatten(1)
-    if num_parents == 1:  # its children are all there is, the likeliest first
-        chosen = torch.arange(top_k, device=tokens.device).expand_as(tokens)
-        features, sees = hidden.expand(-1, top_k, -1), sees.expand(-1, top_k, -1).scatter(2, own, True)
-        return Level(tokens, scores, chosen, Beams(tokens, scores, features, sees, own))
-    beam_scores, chosen = scores.topk(top_k, dim=-1)
-    parents = (chosen // top_k)[..., None]
-    features = hidden.gather(1, parents.expand(-1, -1, hidden.shape[-1]))
-    sees = sees.gather(1, parents.expand(-1, -1, sees.shape[-1])).scatter_(2, own, True)
-    return Level(tokens, scores, chosen, Beams(tokens.gather(1, chosen), beam_scores, features, sees, own))
+    if num_parents == 1:  # its children are all there is
+        best = torch.arange(top_k, device=tokens.device).expand_as(tokens)
+        return Level(tokens, scores, best, tokens, scores, hidden, sees, own)
+    best_scores, best = scores.topk(top_k, dim=-1)
+    return Level(tokens, scores, best, tokens.gather(1, best), best_scores, hidden, sees, own)
 
 
 def lean_level(
@@ -114,7 +111,7 @@ def lean_level(
     angles: Angles,
     top_k: int,
 ) -> Level:
-    """A whole level as one function of tensors, to be compiled: the beams go in, their children and the next beams come out."""
+    """A whole level as one function of tensors, to be compiled: the beams go in, their children come out."""
     embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
     masks = DraftMasks(beams.sees, beams.sees[..., 1:])
     return next_level(head, beams, lean(embeds, beams.features, masks, angles, cache), top_k)

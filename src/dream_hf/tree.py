@@ -30,12 +30,11 @@ class DraftTree:
     def from_parents(cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int) -> DraftTree:
         """Build a tree from `tokens` and `parents`, both (B, N)."""
         num_nodes = tokens.shape[-1]
-        nodes = torch.arange(num_nodes, device=tokens.device)
-        reach = (nodes[:, None] == nodes) | (parents[..., None] == nodes)  # one edge up, or stay
-        steps = 1
-        while steps < max_depth:
-            reach = torch.matmul(reach.float(), reach.float()) > 0
-            steps *= 2
+        reach = torch.eye(num_nodes, dtype=torch.bool, device=tokens.device).expand(*tokens.shape, -1)
+        above, distance = parents, 1  # whom each node reaches in that many edges, or the root
+        while distance <= max_depth:
+            reach = reach | reach.gather(1, above[..., None].expand_as(reach))
+            above, distance = above.gather(1, above), 2 * distance
         return cls(tokens, parents, reach.sum(-1) - 1, reach, max_depth)
 
     @classmethod
