@@ -153,7 +153,7 @@ class DrafterState:
         if self.lean is not None and self.features.longest:  # else the first token sees no feature
             if angles is None:
                 angles = self.lean.angles(embeds, positions)  # type: ignore[arg-type]
-            return self.lean(embeds, features, DraftMasks(sees, sees[..., 1:]), angles, self.cache)
+            return self.lean(embeds, features, sees, angles, self.cache)
         num_tokens = self._num_slots(self.tokens, embeds.shape[1])
         num_features = self._num_slots(self.features, features.shape[1])
         masks = DraftMasks(sees[..., :num_tokens], sees[..., 1 : 1 + num_features])

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
-from .modeling_dream import DraftMasks, DreamDrafter
+from .modeling_dream import DreamDrafter
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines, and sines with a negative first half: (B, 1, T, head_dim) each
@@ -55,14 +55,17 @@ class LeanDrafter:
         self,
         embeds: torch.Tensor,  # (B, T, H)
         features: torch.Tensor,  # (B, S, H)
-        masks: DraftMasks,  # every token sees a feature; there may be more columns than keys
+        sees: torch.Tensor,  # (B, T, columns), the keys each token sees, of which there may be fewer than columns
         angles: Angles,
         cache: Cache,
     ) -> torch.Tensor:
-        """Features (B, T, H) of T new tokens behind those in the cache, as `DreamDrafter.forward` computes them."""
+        """Features (B, T, H) of T new tokens behind those in the cache, as `DreamDrafter.forward` computes them.
+
+        Column c stands for token c and for feature c - 1. Every token sees a feature.
+        """
         hidden = self.input_norm(embeds)
-        sees_tokens, sees_features = masks.tokens.unsqueeze(1), masks.features.unsqueeze(1)
-        scene = _Scene(self.feature_norm(features), sees_tokens, sees_features, *angles, cache)
+        bias = sees.unsqueeze(1).to(embeds.dtype).log()  # 0 or -inf, once for all blocks
+        scene = _Scene(self.feature_norm(features), bias, bias[..., 1:], *angles, cache)
         for block in self.blocks:
             hidden = block(hidden, scene)
         return self.norm(hidden)
@@ -79,8 +82,8 @@ class _Scene:
     """What all blocks of one forward share."""
 
     features: torch.Tensor  # (B, S, H)
-    sees_tokens: torch.Tensor  # (B, 1, T, K)
-    sees_features: torch.Tensor  # (B, 1, T, F)
+    token_bias: torch.Tensor  # (B, 1, T, K), added to what self-attention finds
+    feature_bias: torch.Tensor  # (B, 1, T, F), the same for cross-attention
     cos: torch.Tensor  # (B, 1, T, head_dim)
     sin: torch.Tensor  # the same, negative in its first half
     cache: Cache
@@ -100,12 +103,12 @@ class _Attention:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: torch.Tensor, cache: Cache
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
         """Attention to all keys in the cache, the new ones included: (B, heads, T, head_dim)."""
         keys, values = cache.update(keys, values, self.layer_idx)
-        sees = sees[..., : keys.shape[2]]
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=sees, enable_gqa=self.is_grouped)
+        bias = bias[..., : keys.shape[2]]
+        return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=self.is_grouped)
 
 
 class _Mlp:
@@ -127,7 +130,7 @@ class _SelfBlock:
         queries = _rotate(attention.heads(attention.query(normed)), scene)
         keys = _rotate(attention.heads(attention.key(normed)), scene)
         values = attention.heads(attention.value(normed))
-        attended = attention.attend(queries, keys, values, scene.sees_tokens, scene.cache)
+        attended = attention.attend(queries, keys, values, scene.token_bias, scene.cache)
         hidden = hidden + attention.out(attended.transpose(1, 2).flatten(2))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
@@ -145,7 +148,7 @@ class _CrossBlock:
         queries = self.query_norm(attention.heads(attention.query(self.input_norm(hidden))))
         keys = self.key_norm(attention.heads(attention.key(features)))
         values = attention.heads(attention.value(features))
-        attended = attention.attend(queries, keys, values, scene.sees_features, scene.cache)
+        attended = attention.attend(queries, keys, values, scene.feature_bias, scene.cache)
         hidden = torch.addcmul(hidden, self.attention_gate, attention.out(attended.transpose(1, 2).flatten(2)))
         return torch.addcmul(hidden, self.mlp_gate, self.mlp(self.mlp_norm(hidden)))
 

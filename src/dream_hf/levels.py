@@ -13,7 +13,6 @@ import torch
 from transformers.cache_utils import Cache
 
 from .lean import Angles, LeanDrafter
-from .modeling_dream import DraftMasks
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,7 @@ def lean_level(
 ) -> Level:
     """A whole level as one function of tensors, to be compiled: the beams go in, their children come out."""
     embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
-    masks = DraftMasks(beams.sees, beams.sees[..., 1:])
-    return next_level(head, beams, lean(embeds, beams.features, masks, angles, cache), top_k)
+    return next_level(head, beams, lean(embeds, beams.features, beams.sees, angles, cache), top_k)
 
 
 def let_beams_vary(beams: Beams) -> None:
