@@ -56,7 +56,7 @@ def test_second_turn_continues_the_drafter(pair, monkeypatch):
     expected = target.generate(input_ids=following, max_new_tokens=NEW_TOKENS, do_sample=False)
     second, reads = states_read(monkeypatch, lambda: generate(target, drafter, following, result.past_key_values))
     assert torch.equal(second.sequences, expected)
-    assert reads[0][1] == result.sequences.shape[1]  # it had read the whole first turn
+    assert reads[1][1] == result.sequences.shape[1]  # it reads the end of the first turn when the second begins
 
     # What it has read in two turns is what it reads in one.
     _, afresh = states_read(monkeypatch, lambda: generate(target, drafter, following))
@@ -67,6 +67,12 @@ def test_second_turn_continues_the_drafter(pair, monkeypatch):
         end = ours.slots.longest
         torch.testing.assert_close(ours.keys[:, :, :end], theirs.keys[:, :, :end], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(ours.values[:, :, :end], theirs.values[:, :, :end], atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_step_is_not_read_before_it_is_needed(pair, monkeypatch):
+    (result, _), reads = states_read(monkeypatch, lambda: first_turn(*pair))
+    num_steps = int((result.accepted_lengths[0] >= 0).sum())
+    assert num_steps > 1 and len(reads) == num_steps  # the prompt, and every step but the last
 
 
 @pytest.mark.parametrize("change", ["cropped cache", "another drafter", "another token"])

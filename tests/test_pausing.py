@@ -24,7 +24,7 @@ from lossless import (
 )
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dream_hf import DreamConfig, DreamDrafter, drafter_state, generation, pausing
+from dream_hf import DreamConfig, DreamDrafter, generation, pausing
 from dream_hf.drafter_state import DrafterState
 from dream_hf.pausing import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, Pausing, Unread
 from dream_hf.tree import DraftTree
@@ -163,6 +163,17 @@ def test_unread_text_is_joined_row_by_row():
     assert not unread
 
 
+def test_unread_text_is_taken_back_from_its_end():
+    unread = Unread()
+    tokens = torch.arange(12).view(2, 6)
+    for part in tokens.split(3, dim=1):
+        unread.add(part, part[..., None].float(), [3, 2])
+    assert unread.shorten(0, 4) == 0 and unread.shorten(1, 1) == 0
+    assert unread.shorten(1, 5) == 2  # two more than there are: these have been read
+    taken, _, counts = unread.take()
+    assert counts == [2, 0] and taken[0, :2].tolist() == [0, 1]
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, sequences: torch.Tensor, mask: torch.Tensor) -> None:
     """Let steps gain 1, 2, 3 or 4 tokens, different rows at different times, whatever the drafter says."""
     starts = (mask == 0).sum(1).tolist()
@@ -188,16 +199,20 @@ def plant(monkeypatch: pytest.MonkeyPatch, sequences: torch.Tensor, mask: torch.
 
 
 def last_state(monkeypatch: pytest.MonkeyPatch, target: Target, inputs: Inputs, **settings: Any):
-    """Output, and the drafter's state at the end."""
+    """Output, and the drafter's state when it has read all of it, as it does when a next turn begins."""
     states: list[DrafterState] = []
+    result = generation._Decoding.result
 
-    class Watched(DrafterState):
-        def __init__(self, *args: Any):
-            super().__init__(*args)
-            states.append(self)
+    def watched(decoding: Any):
+        if decoding.unread:
+            decoding._read_on()
+        states.append(decoding.state)
+        return result(decoding)
 
-    monkeypatch.setattr(drafter_state, "DrafterState", Watched)
-    return generate(target, inputs, **settings), states[0]
+    monkeypatch.setattr(generation._Decoding, "result", watched)
+    out = generate(target, inputs, **settings)
+    monkeypatch.setattr(generation._Decoding, "result", result)
+    return out, states[0]
 
 
 def assert_same_state(expected: DrafterState, actual: DrafterState) -> None:
@@ -301,8 +316,8 @@ def test_an_untrained_drafter_is_hardly_asked():
     assert is_drafted == drafted_steps(1.5, [1] * len(is_drafted))
     num_drafted = sum(is_drafted)
     assert num_drafted < len(is_drafted) / 8
-    # It reads the prompt, after every drafted step that another one follows, at the end of every pause, and at the end.
-    num_reads = 1 + sum(is_next for is_next in is_drafted[1:]) + 1
+    # It reads the prompt, after every drafted step that another one follows, and at the end of every pause.
+    num_reads = 1 + sum(is_next for is_next in is_drafted[1:])
     depths = [drafter.config.tree_depth] * WINDOW + [2] * (num_drafted - WINDOW)  # steps that gain one token
     assert counts[1] == num_reads + sum(depth - 1 for depth in depths)
     assert counts[1] < counts[0] / 8

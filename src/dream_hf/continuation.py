@@ -15,26 +15,37 @@ from transformers.cache_utils import Cache
 
 from .drafter_state import DrafterState
 from .modeling_dream import DreamDrafter
+from .pausing import Unread
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
+    """Where a turn left a drafter.
+
+    Args:
+        state (`DrafterState`): What it has read.
+        unread (`Unread`): What it has yet to read of the turn's last steps; there may be no next turn.
+        num_slots (`int`): Tokens in the target's cache, which the last token is not.
+        last_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
+    """
+
     state: DrafterState
-    num_slots: int  # tokens in the target's cache, which the last token is not
-    last_tokens: torch.Tensor  # (B, 1)
+    unread: Unread
+    num_slots: int
+    last_tokens: torch.Tensor
 
 
-_turns: WeakKeyDictionary[Cache, _Turn] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[Cache, Turn] = WeakKeyDictionary()
 
 
-def remember(cache: Cache, state: DrafterState, last_tokens: torch.Tensor) -> None:
-    """Keep the state of a drafter that has read all tokens in `cache` and the `last_tokens` (B, 1) behind them."""
-    _turns[cache] = _Turn(state, int(cache.get_seq_length()), last_tokens)
+def remember(cache: Cache, state: DrafterState, unread: Unread, last_tokens: torch.Tensor) -> None:
+    """Keep where a drafter is that knows, once it has read `unread`, all tokens in `cache` and the `last_tokens` (B, 1)."""
+    _turns[cache] = Turn(state, unread, int(cache.get_seq_length()), last_tokens)
 
 
-def recall(cache: Cache, drafter: DreamDrafter, num_slots: int, last_tokens: torch.Tensor) -> DrafterState | None:
-    """The state of `drafter` if it was remembered for just this text: `num_slots` tokens and the `last_tokens` (B, 1)."""
+def recall(cache: Cache, drafter: DreamDrafter, num_slots: int, last_tokens: torch.Tensor) -> Turn | None:
+    """The turn of `drafter` if it was remembered for just this text: `num_slots` tokens and the `last_tokens` (B, 1)."""
     turn = _turns.pop(cache, None)
     if turn is None or turn.state.drafter is not drafter or turn.num_slots != num_slots:
         return None
-    return turn.state if torch.equal(turn.last_tokens, last_tokens) else None
+    return turn if torch.equal(turn.last_tokens, last_tokens) else None

@@ -205,7 +205,7 @@ class _Decoding:
         if not self.is_done or self.is_cache_kept:
             nodes = path.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
             self.unread.add(tokens, features.gather(1, nodes), kept)
-            if self.is_done or not self.pausing.is_paused:
+            if not self.is_done and not self.pausing.is_paused:
                 self._read_on()
         if self.is_done:
             self._take_back_overshoot()
@@ -232,7 +232,7 @@ class _Decoding:
     def result(self) -> DreamGenerateOutput | torch.Tensor:
         """What `generate()` returns."""
         if self.is_cache_kept and self.prompt_mask is None and len(set(self.texts.lengths)) == 1:
-            remember(self.cache, self.state, self._last_tokens())
+            remember(self.cache, self.state, self.unread, self._last_tokens())
         sequences = self.texts.at(max(self.texts.lengths))
         return self.recorder.result(sequences, sequences.shape[1] - self.texts.prompt_length, self.cache)
 
@@ -302,9 +302,10 @@ class _Decoding:
             if excess:
                 self.texts.cut(row, self.texts.lengths[row] - excess)
                 self.slots.shorten(row, excess)
-                if self.is_cache_kept:  # else the drafter has not read them
-                    self.state.tokens.shorten(row, excess)
-                    self.state.features.shorten(row, excess)
+                if self.is_cache_kept:
+                    num_read = self.unread.shorten(row, excess)
+                    self.state.tokens.shorten(row, num_read)
+                    self.state.features.shorten(row, num_read)
                 self.recorder.forget(row, excess)
 
     def _last_tokens(self) -> torch.Tensor:
@@ -383,13 +384,17 @@ class _Decoding:
         self.state.read_prompt(text, self.head.embed(first), real.sum(-1, keepdim=True), features[:, : unread.start])
 
     def _continue_last_turn(self, prompt_ids: torch.Tensor, num_tokens: int) -> bool:
-        """Take over the drafter's state if the last `num_tokens` of the prompt continue a remembered text."""
+        """Take over the drafter's state, up to date, if the last `num_tokens` of the prompt continue a remembered text."""
         if self.prompt_mask is not None or prompt_ids.shape[1] < num_tokens:
             return False
         last_tokens = prompt_ids[:, -num_tokens:][:, :1]
-        state = recall(self.cache, self.drafter, self.prompt_slots - num_tokens, last_tokens)
-        self.state = state or self.state
-        return state is not None
+        turn = recall(self.cache, self.drafter, self.prompt_slots - num_tokens, last_tokens)
+        if turn is None:
+            return False
+        self.state, self.unread = turn.state, turn.unread
+        if self.unread:
+            self._read_on()
+        return True
 
 
 def _counted(chunks: Iterator[torch.Tensor], sizes: list[int]) -> Iterator[torch.Tensor]:
