@@ -145,7 +145,9 @@ def test_beams_see_what_their_parents_saw(num_parents, places):
     for row in range(2):
         nodes = best[row, places]
         parents = nodes // 4
-        assert torch.equal(beams.tokens[row], tokens[row, nodes]) and torch.equal(beams.scores[row], scores[row, nodes])
+        assert torch.equal(beams.tokens[row], tokens[row, nodes]) and torch.equal(
+            beams.scores[row], scores[row, nodes]
+        )
         assert torch.equal(beams.features[row], features[row, parents])
         expected = sees[row, parents].scatter(1, own[row, : len(places)], True)
         assert torch.equal(beams.sees[row], expected)

@@ -150,4 +150,6 @@ def _promising(level: Level, head: TargetHead, config: DreamConfig) -> list[int]
     ]
     if max(sum(row) for row in rows) < min_level:
         return []
-    return [place for place, values in enumerate(zip(*rows, strict=True)) if (best := max(values)) and best >= min_node]
+    return [
+        place for place, values in enumerate(zip(*rows, strict=True)) if (best := max(values)) and best >= min_node
+    ]
