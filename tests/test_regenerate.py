@@ -176,6 +176,7 @@ def killing(self, index, *row):
         os.kill(os.getpid(), 9)
 answer_store.AnswerStore.add = killing
 run(tiny_target(EOS_BIAS), rows(), sys.argv[1])
+os._exit(0)  # gloo's threads now and then abort an interpreter that is shutting down, when all work is done
 """
 
 
