@@ -88,9 +88,9 @@ def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int)
 def _ranked(
     tokens: torch.Tensor,  # (B, parents, k), likeliest first
     scores: torch.Tensor,  # (B, parents, k)
-    hidden: torch.Tensor,
-    sees: torch.Tensor,
-    own: torch.Tensor,
+    hidden: torch.Tensor,  # (B, parents, H)
+    sees: torch.Tensor,  # (B, parents, columns)
+    own: torch.Tensor,  # (B, k, 1)
 ) -> Level:
     """The level of these nodes, and its k best."""
     num_parents, top_k = tokens.shape[1:]
