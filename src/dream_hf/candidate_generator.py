@@ -22,6 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import attention_received, observe_attention
 from .choosing import STATEFUL
+from .compat import CACHE
 from .compression import compress_text
 from .drafter_state import DrafterState
 from .drafting import grow_tree
@@ -135,7 +136,7 @@ class DreamCandidateGenerator(CandidateGenerator):
     ) -> None:
         """Read the prompt's tokens (embeds and features (1, T, H)), visual ones by their attention, and the first new one."""
         num_tokens, device = features.shape[1], features.device
-        total, mask = model_kwargs["past_key_values"].get_seq_length(), model_kwargs.get("attention_mask")
+        total, mask = model_kwargs[CACHE].get_seq_length(), model_kwargs.get("attention_mask")
         real = torch.ones(1, total, dtype=torch.bool, device=device)
         if mask is not None:
             real = mask[:, :total].to(device).bool()
@@ -194,7 +195,7 @@ def dream_chain_generate(
         ValueError: A combination that cannot be served; the message names the argument and the remedy.
     """
     check_request(model, drafter, generation_config)
-    check_cache(kwargs.get("past_key_values"))
+    check_cache(kwargs.get(CACHE))
     for processor in logits_processor:
         if type(processor) in STATEFUL:
             raise ValueError(

@@ -70,7 +70,7 @@ class DreamConfig(PreTrainedConfig):
     """
 
     model_type = "dream_drafter"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     default_theta = 10000.0
 
     vocab_size: int = 32000

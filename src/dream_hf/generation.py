@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import TreeScope, attention_received, observe_attention, tree_scope
 from .choosing import Chooser, may_remember
+from .compat import CACHE, cache_of
 from .compression import compress_text
 from .continuation import recall, remember
 from .drafter_state import make_drafter_state
@@ -74,7 +75,7 @@ def dream_generate(
     """
     plain_drafter: Any = drafter if drafter is None else unwrap(drafter)
     check_request(model, plain_drafter, generation_config)
-    check_cache(model_kwargs.get("past_key_values"))
+    check_cache(model_kwargs.get(CACHE))
     target = Target(model)
     with ExitStack() as recording, torch.no_grad():
         record = recording.enter_context(target.recording())
@@ -134,7 +135,7 @@ class _Decoding:
         in_step = batch > 1 and any(may_remember(judge) for judge in (*logits_processor, *stopping_criteria))
         self.chooser = Chooser(logits_processor, generation_config.do_sample, in_step)
         self.recorder = Recorder(generation_config, batch, sliding_windows(target.text_config))
-        self.cache: Cache = model_kwargs["past_key_values"]
+        self.cache: Cache = model_kwargs[CACHE]
         self.forwards, self.slots = forwards, forwards.slots
         self.state = make_drafter_state(drafter, batch, forwards.settings)
         self.pausing = Pausing(drafter.config.pause_below)
@@ -158,7 +159,7 @@ class _Decoding:
             config = copy(self.config)
             config.compile_config = None  # it is for the forwards that follow
             outputs = model._prefill(self.texts.ids, config, kwargs, is_first_iteration=not config.is_assistant)
-        self.cache = outputs.past_key_values
+        self.cache = cache_of(outputs)
         check_cache(self.cache)
         embeds, features = self.record.take()
         self.embed_device = embeds.device
@@ -316,7 +317,7 @@ class _Decoding:
     def _start_decoding_kwargs(self) -> None:
         """Set aside what changes with every tree; the rest of the target's arguments stays the same from here on."""
         kwargs = dict(self.model_kwargs)
-        kwargs["past_key_values"] = self.cache
+        kwargs[CACHE] = self.cache
         kwargs.pop("attention_mask", None)
         positions = kwargs.pop("position_ids", None)
         self.root_positions = None if positions is None else positions[..., -1:] + 1

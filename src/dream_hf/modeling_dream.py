@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import ModelOutput
 
 from .checkpoints import StrictPreTrainedModel
+from .compat import CACHE
 from .configuration_dream import DreamConfig
 from .draft_vocabulary import sorted_token_ids
 
@@ -38,12 +39,17 @@ class DreamDrafterOutput(ModelOutput):
             turns them into logits, and they stand in for the target's features of drafted tokens.
         mid_hidden_state (`torch.FloatTensor` of shape `(B, T, H)`): What enters the last block, trained towards an
             intermediate layer of the target (paper, section 3.2).
-        past_key_values (`Cache`, *optional*): The cache passed in, extended.
+        cache (`Cache`, *optional*): The cache passed in, extended.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     mid_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """`cache`, by the name it had until transformers 5.23."""
+        return self.cache
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class DreamSelfAttentionBlock(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=bias,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -176,7 +182,7 @@ class DreamPreTrainedModel(StrictPreTrainedModel):
     input_modalities = ["text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["DreamSelfAttentionBlock", "DreamCrossAttentionBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -292,7 +298,7 @@ class DreamDrafter(DreamPreTrainedModel):
         return DreamDrafterOutput(
             last_hidden_state=self.norm(hidden_states),
             mid_hidden_state=mid_hidden_state,
-            past_key_values=past_key_values,
+            cache=past_key_values,
         )
 
     def _check_inputs(self, inputs_embeds: torch.Tensor, target_features: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .choosing import Verdict
+from .compat import CACHE
 
 Layers = tuple[torch.Tensor, ...]
 
@@ -128,7 +129,7 @@ class Recorder:
         }
         return DreamGenerateOutput(
             sequences=sequences,  # type: ignore[arg-type]
-            past_key_values=cache,
+            **{CACHE: cache},
             accepted_lengths=self._table(self.accepted),  # type: ignore[arg-type]
             drafted_lengths=self._table(self.drafted),  # type: ignore[arg-type]
             **fields,

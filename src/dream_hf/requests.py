@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .caches import unsupported_layer
+from .compat import CACHE
 from .compiling import Settings, chosen_settings, missing_compiler, uncompilable
 from .configuration_dream import describe_target
 from .draft_vocabulary import check_draft_vocabulary
@@ -84,11 +85,11 @@ def check_target(model: PreTrainedModel, drafter: DreamDrafter) -> None:
 def check_cache(cache: Any) -> None:
     """Refuse a cache that accepted paths cannot be kept in."""
     if not isinstance(cache, Cache):
-        raise ValueError(f"`past_key_values` is a `{type(cache).__name__}`; pass a `DynamicCache`, or leave it out.")
+        raise ValueError(f"`{CACHE}` is a `{type(cache).__name__}`; pass a `DynamicCache`, or leave it out.")
     layer = unsupported_layer(cache)
     if layer is not None or cache.offloading:
         raise ValueError(
-            f"`past_key_values` ({type(cache).__name__}, {layer or 'offloaded'}) cannot take back rejected tokens. Pass a "
+            f"`{CACHE}` ({type(cache).__name__}, {layer or 'offloaded'}) cannot take back rejected tokens. Pass a "
             "`DynamicCache(config=model.config)`, or leave it out."
         )
 
