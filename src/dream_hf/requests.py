@@ -18,6 +18,7 @@ from .configuration_dream import describe_target
 from .draft_vocabulary import check_draft_vocabulary
 from .modeling_dream import DreamDrafter
 from .targets import Target, unwrap
+from .tree_masks import takes_tree_masks
 
 logger = logging.get_logger(__name__)
 
@@ -110,6 +111,11 @@ def compile_settings(
         )
     elif target.text_config._attn_implementation == "flex_attention":
         reason = '`attn_implementation="flex_attention"` compiles by itself'
+    elif not takes_tree_masks(target.text_config._attn_implementation):
+        reason = (
+            f"`attn_implementation={target.text_config._attn_implementation!r}` takes no tree masks, and what stands in for "
+            'it is not compiled; load the target with `attn_implementation="sdpa"`'
+        )
     elif generation_config.output_attentions:
         reason = "`output_attentions=True` wants attention to the filled part of the cache"
     elif synced_gpus:
