@@ -18,7 +18,7 @@ from .configuration_dream import describe_target
 from .draft_vocabulary import check_draft_vocabulary
 from .modeling_dream import DreamDrafter
 from .targets import Target, unwrap
-from .tree_masks import takes_tree_masks
+from .tree_masks import check_exchangeable, takes_tree_masks
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +44,8 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
             "`DreamDrafter.from_pretrained(...)`."
         )
     check_target(model, drafter)
+    target = Target(model)
+    check_exchangeable(target.decoder, target.text_config)
     _check_strategy(generation_config)
     drafter.config.check_drafting()
     check_draft_vocabulary(drafter.draft_token_ids, drafter.config.draft_vocab_size, drafter.config.vocab_size)
