@@ -13,12 +13,14 @@ from families import family
 from lossless import SMALL_TREE, assert_same_tokens, generate, untrained
 from nodes import random_tree
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
+    add_offsets_to_mask_function,
     causal_mask_function,
     flash_attention_mask,
     sdpa_mask,
@@ -37,6 +39,7 @@ from dream_hf.tree_masks import (
     tree_masks_available,
     tree_scope,
 )
+from dream_hf.tree_proof import are_tree_masks
 
 WINDOW = 5
 FLASH = "flash_attention_2"  # whose kernel is not installed: `flash` below stands in for it
@@ -428,6 +431,32 @@ def test_what_is_not_proven_is_an_error(monkeypatch, change):
     )
 
 
+@pytest.mark.parametrize("is_obeyed", [True, False])
+def test_block_masks_are_proven(monkeypatch, is_obeyed):
+    target = family("llama").make_target()
+    tree = random_tree(2, 4, torch.Generator().manual_seed(0))
+
+    def block_mask(batch_size, q_length, kv_length, q_offset, mask_function, **_):
+        function = mask_function if is_obeyed else causal_mask_function
+        shifted = add_offsets_to_mask_function(function, q_offset, 0)
+        return create_block_mask(shifted, batch_size, None, q_length, kv_length, device="cpu")
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, "flex_attention", block_mask)
+    arguments = {
+        "batch_size": 2,
+        "q_length": 4,
+        "kv_length": 10,
+        "q_offset": 6,
+        "kv_offset": 0,
+        "attention_mask": None,
+    }
+    with tree_masks_available(target.model, target.config):
+        with tree_scope(TreeScope(torch.tensor([3, 6]), tree.depths, tree.ancestors)):
+            mask = ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"](mask_function=causal_mask_function, **arguments)
+            assert are_tree_masks(mask) == is_obeyed
+            assert not are_tree_masks({"full_attention": mask, "sliding_attention": None})
+
+
 def test_only_the_first_tree_forward_is_watched(monkeypatch):
     target = make_target("llama", "sdpa")
     calls = []
@@ -442,8 +471,10 @@ def test_only_the_first_tree_forward_is_watched(monkeypatch):
 
 def test_layers_that_the_user_compiled_are_watched():
     target = make_target("llama", "sdpa")
+    inputs, drafter = make_inputs("llama", target), untrained(target, **SMALL_TREE)
+    expected = generate(target, inputs, max_new_tokens=4)
     target.model.layers[1].compile(backend="eager", dynamic=True)
-    assert_as_plain(target, make_inputs("llama", target), num_new=4)
+    assert_same_tokens(expected, generate(target, inputs, assistant_model=drafter, max_new_tokens=4))
 
 
 def test_a_scaled_query_of_another_shape_is_an_error():

@@ -119,9 +119,9 @@ def takes_tree_masks(name: str) -> bool:
     build_mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name]
     if build_mask is masking_utils.flex_attention_mask:  # takes any, and a while
         return True
-    arguments = {"batch_size": 1, "q_length": 2, "kv_length": 3, "q_offset": 1, "kv_offset": 0, "attention_mask": None}
-    arguments |= {"mask_function": _odd_mask_function, "allow_is_causal_skip": False, "use_vmap": False}
-    mask = build_mask(**arguments, dtype=torch.float32, device=torch.device("cpu"), config=None)
+    arguments: dict[str, Any] = {"batch_size": 1, "q_length": 2, "kv_length": 3, "q_offset": 1, "kv_offset": 0}
+    arguments |= {"mask_function": _odd_mask_function, "allow_is_causal_skip": False, "attention_mask": None}
+    mask = build_mask(**arguments, use_vmap=False, dtype=torch.float32, device=torch.device("cpu"), config=None)
     wanted = torch.tensor([[True, True, False], [True, False, True]])
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and torch.equal(visible(mask)[0, 0], wanted)
 

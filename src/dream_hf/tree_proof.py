@@ -121,14 +121,14 @@ class _Witness:
     def fault(self, not_run: list[nn.Module]) -> str | None:
         """What has not been proven."""
         inner = [m for m in self.has_mask if not any(part in self.has_mask for part in m.modules() if part is not m)]
-        missing = self.written - {layer_index(module) for module in inner if self.has_mask[module]}
-        bare = {layer_index(module) for module in inner if not self.has_mask[module]}
+        bare = {index for module in inner if not self.has_mask[module] and (index := layer_index(module)) is not None}
+        bare |= self.written - {layer_index(module) for module in inner}
         if not inner:
             return "none of its layers was seen to attend"
         if any(wanted is None for _, wanted in self.wanted):
             return "a mask that was built for a tree hides or shows other tokens than it was asked to"
-        if missing or bare:
-            return f"layers {sorted(missing | bare)} were not seen to get the tree's mask"
+        if bare:
+            return f"layers {sorted(bare)} were not seen to get the tree's mask"
         if not_run:
             return f"{len(not_run)} of its layers did not run the projection that scales their queries"
         return None
@@ -136,11 +136,12 @@ class _Witness:
 
 def _right_mask(built: TreeMask) -> torch.Tensor | None:
     """What a mask shows, (B, 1, N, K), if that is what it was asked to show."""
-    wanted = sdpa_mask(**built.arguments)
-    if isinstance(built.mask, BlockMask):
-        shown = create_mask(built.mask.mask_mod, *wanted.shape, device=wanted.device)
-        return wanted if torch.equal(shown, wanted) else None
-    return wanted if isinstance(built.mask, torch.Tensor) and _shows(built.mask, wanted) else None
+    wanted: Any = sdpa_mask(**built.arguments)
+    shown = built.mask
+    if isinstance(shown, BlockMask):
+        batch, heads, num_nodes, num_keys = wanted.shape
+        shown = create_mask(shown.mask_mod, batch, heads, num_nodes, num_keys, device=wanted.device)
+    return wanted if isinstance(shown, torch.Tensor) and _shows(shown, wanted) else None
 
 
 def _shows(mask: torch.Tensor, wanted: torch.Tensor) -> bool:
