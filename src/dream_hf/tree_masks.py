@@ -160,7 +160,7 @@ def current_tree() -> TreeScope | None:
 
 def tree_masks() -> list[TreeMask]:
     """The masks built so far for the tree this thread is verifying."""
-    return _tree_masks.get()
+    return _tree_masks.get([])
 
 
 def tree_mask_function(scope: TreeScope, mask_function: Callable, q_offset: int) -> Callable:
