@@ -14,7 +14,7 @@ from lossless import SMALL_TREE, assert_same_tokens, generate, untrained
 from nodes import random_tree
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, CompileConfig, GptOssConfig
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import (
@@ -28,7 +28,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from dream_hf import tree_masks
+from dream_hf import compiling, tree_masks
 from dream_hf.attention import observe_attention
 from dream_hf.targets import Target
 from dream_hf.tree_masks import (
@@ -429,6 +429,28 @@ def test_what_is_not_proven_is_an_error(monkeypatch, change):
     assert not any(
         module._forward_pre_hooks for module in target.modules() if module is not target.model.layers[1].self_attn
     )
+
+
+def test_compiled_forwards_are_proven_in_every_call(monkeypatch):
+    """The first call watches the model uncompiled; in later ones the masks that were made beforehand are looked at."""
+    target = make_target("llama", "sdpa")
+    inputs, drafter = make_inputs("llama", target), untrained(target, **SMALL_TREE)
+    settings = {"assistant_model": drafter, "compile_config": CompileConfig(backend="eager"), "max_new_tokens": 8}
+    expected = generate(target, inputs, max_new_tokens=8)
+    for _ in range(2):
+        assert_same_tokens(expected, generate(target, inputs, **settings))
+    assert [function.watched for function in compiling._compiled[target].values()] == [{"sdpa"}]
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, "sdpa", ignoring)
+    with pytest.raises(RuntimeError, match="cannot verify draft trees: a mask that was built"):
+        generate(target, inputs, **settings)
+
+
+def test_what_stands_in_is_not_compiled(implementations):
+    target = make_target("gpt_oss", FLASH)
+    inputs, drafter = make_inputs("gpt_oss", target), untrained(target, **SMALL_TREE)
+    out = generate(target, inputs, assistant_model=drafter, compile_config=CompileConfig(), max_new_tokens=8)
+    assert_same_tokens(generate(target, inputs, max_new_tokens=8), out)
+    assert target not in compiling._compiled
 
 
 @pytest.mark.parametrize("is_obeyed", [True, False])
