@@ -24,11 +24,12 @@ LAYERS = [
         "compression",
         "downloads",
         "draft_vocabulary",
+        "lookups",
         "losses",
         "texts",
         "threads",
     ],
-    ["configuration_dream", "attention", "training_args"],
+    ["configuration_dream", "attention", "tree_masks", "tree_proof", "training_args"],
     [
         "loading",
         "card_content",

@@ -1,142 +1,19 @@
-"""Tree masks against a mask written out by hand; attention statistics against eager probabilities; scopes that close."""
+"""Attention statistics against eager probabilities, whatever implementation is registered; scopes that close."""
 
 from __future__ import annotations
-
-import threading
-from contextlib import ExitStack
 
 import pytest
 import torch
 from families import FAMILIES, family
 from lossless import generate, untrained
-from nodes import random_tree
 from torch import Tensor
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    causal_mask_function,
-    sliding_window_causal_mask_function,
-)
-from transformers.modeling_utils import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from dream_hf import attention
-from dream_hf.attention import (
-    TreeScope,
-    attention_chunks,
-    attention_entropy,
-    attention_received,
-    observe_attention,
-    tree_mask_function,
-    tree_masks_available,
-    tree_scope,
-)
+from dream_hf.attention import attention_chunks, attention_entropy, attention_received, observe_attention
 from dream_hf.targets import Target
-
-WINDOW = 5
-
-
-def by_hand(lengths: list[int], tree, window: int | None) -> Tensor:  # (B, N, slots)
-    """Who sees whom, one pair at a time."""
-    num_nodes, num_slots = tree.num_nodes, max(lengths) + tree.num_nodes
-    mask = torch.zeros(len(lengths), num_nodes, num_slots, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        for node in range(num_nodes):
-            position = length + int(tree.depths[row, node])
-            for slot in range(length + num_nodes):
-                if slot < length:
-                    key_position, is_known = slot, True
-                else:
-                    other = slot - length
-                    key_position = length + int(tree.depths[row, other])
-                    is_known = bool(tree.ancestors[row, node, other])
-                is_near = window is None or position - key_position < window
-                mask[row, node, slot] = is_known and is_near
-    return mask
-
-
-@pytest.mark.parametrize("window", [None, WINDOW])
-@pytest.mark.parametrize("lengths", [[7, 7], [3, 9], [12, 1]], ids=str)
-def test_the_mask_function(lengths, window):
-    tree = random_tree(2, 8, torch.Generator().manual_seed(0))
-    scope = TreeScope(torch.tensor(lengths), tree.depths, tree.ancestors)
-    own = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    q_offset = max(lengths)
-    function = tree_mask_function(scope, own, q_offset)
-    rows, queries = torch.arange(2)[:, None, None], torch.arange(8)[None, :, None] + q_offset
-    slots = torch.arange(q_offset + 8)[None, None]
-    assert torch.equal(function(rows, 0, queries, slots), by_hand(lengths, tree, window))
-
-
-@pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_masks_in_a_scope_and_out_of_it(name):
-    config = family("llama").make_config()
-    config._attn_implementation = name
-    tree = random_tree(2, 4, torch.Generator().manual_seed(0))
-    scope = TreeScope(torch.tensor([3, 6]), tree.depths, tree.ancestors)
-
-    def build(q_length):
-        arguments = {"batch_size": 2, "q_length": q_length, "kv_length": 10, "q_offset": 10 - q_length, "kv_offset": 0}
-        arguments |= {"mask_function": causal_mask_function, "allow_is_causal_skip": False}
-        arguments |= {"device": torch.device("cpu"), "dtype": torch.float32}
-        mask = AttentionMaskInterface._global_mapping[name](**arguments)
-        return mask if mask.dtype == torch.bool else mask == 0
-
-    plain = build(4)
-    with tree_masks_available(config):
-        assert torch.equal(build(4), plain)
-        with tree_scope(scope):
-            assert torch.equal(build(4)[:, 0], by_hand([3, 6], tree, None))
-            assert build(3).shape[-2] == 3  # not the tree's forward: left alone
-        assert torch.equal(build(4), plain)
-
-
-@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_registries_are_put_back(error):
-    masks = dict(AttentionMaskInterface._global_mapping)
-    functions = dict(AttentionInterface._global_mapping)
-    config = family("llama").make_config()
-    config._attn_implementation = "flash_attention_2"
-    target = family("llama").make_target()
-    module = Target(target).last_attention
-    try:
-        with tree_masks_available(config), tree_masks_available(config), observe_attention([module], lambda *_: None):
-            assert config._attn_implementation == "sdpa"
-            assert AttentionMaskInterface._global_mapping["sdpa"] is not masks["sdpa"]
-            assert AttentionInterface._global_mapping["sdpa"] is not functions["sdpa"]
-            if error is not None:
-                raise error
-    except (RuntimeError, KeyboardInterrupt):
-        pass
-    assert AttentionMaskInterface._global_mapping == masks
-    assert AttentionInterface._global_mapping == functions
-    assert config._attn_implementation == "flash_attention_2"
-    assert attention._tree.get() is None and not attention._observed.get()
-
-
-def test_scopes_that_overlap_close_in_any_order():
-    masks = dict(AttentionMaskInterface._global_mapping)
-    config = family("llama").make_config()
-    config._attn_implementation = "sdpa"
-    first, second = ExitStack(), ExitStack()
-    first.enter_context(tree_masks_available(config))
-    second.enter_context(tree_masks_available(config))
-    first.close()
-    assert AttentionMaskInterface._global_mapping["sdpa"] is not masks["sdpa"]
-    second.close()
-    assert AttentionMaskInterface._global_mapping == masks
-
-
-def test_another_thread_does_not_see_the_tree():
-    tree = random_tree(1, 4, torch.Generator().manual_seed(0))
-    seen = []
-    with tree_scope(TreeScope(torch.tensor([3]), tree.depths, tree.ancestors)):
-        thread = threading.Thread(target=lambda: seen.append(attention._tree.get()))
-        thread.start()
-        thread.join()
-        assert attention._tree.get() is not None
-    assert seen == [None]
-
-
-# --- statistics ---
 
 
 @pytest.mark.parametrize("chunk", [256, 5])
@@ -204,6 +81,29 @@ def test_masks_in_every_form(kind):
         visible = visible & masks["2D"].bool()
     wanted = (query @ key.transpose(2, 3) * 0.5).masked_fill(~visible, -torch.inf).softmax(-1)
     torch.testing.assert_close(torch.cat(list(attention_chunks(query, key, masks[kind], 0.5)), dim=2), wanted)
+
+
+@pytest.mark.parametrize("place", ["global", "local", "local, during the scope", "another name"])
+def test_functions_registered_anywhere_are_observed(monkeypatch, place):
+    target = family("llama").make_target()
+    module = Target(target).last_attention
+    name = "my_attention" if place == "another name" else "sdpa"
+
+    def mine(*args, **kwargs):
+        return sdpa_attention_forward(*args, **kwargs)
+
+    def register():
+        mapping = AttentionInterface._global_mapping if place == "global" else ALL_ATTENTION_FUNCTIONS._local_mapping
+        monkeypatch.setitem(mapping, name, mine)
+
+    seen = []
+    if place != "local, during the scope":
+        register()
+    target.config._attn_implementation = name
+    with observe_attention([module], lambda module, chunks: seen.append(torch.cat(list(chunks), dim=2).shape)):
+        register()
+        target(input_ids=torch.tensor([[5, 6, 7]]))
+    assert seen == [(1, 4, 3, 3)]
 
 
 def test_generation_leaves_the_registries_alone():

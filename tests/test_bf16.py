@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from families import Family, Inputs, Target, family
 from oracle import make_oracle, make_plan
 from torch import Tensor
 
-from dream_hf import DreamDrafter, generation
+from dream_hf import DreamDrafter, tree_masks
 
 NUM_NEW = 60
 MAX_ROUNDINGS = 6  # units in the last place of a bfloat16 number as large as the logit; plain decoding has 5 below
@@ -104,13 +103,9 @@ def test_ties_are_rare():
 
 
 def test_a_wrong_mask_is_no_tie(monkeypatch):
-    @contextmanager
-    def no_scope(scope):
-        yield
-
     target, inputs = setup(family("gemma3"), 3)
     plain = decode(target, inputs)
-    monkeypatch.setattr(generation, "tree_scope", no_scope)
+    monkeypatch.setattr(tree_masks, "tree_mask_function", lambda scope, mask_function, q_offset: mask_function)
     oracle = make_oracle(target, make_plan(plain.sequences, inputs["attention_mask"], 6))
     found = differences(plain, decode(target, inputs, oracle), 3)
     assert found and not all(map(is_tie, found))

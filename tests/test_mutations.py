@@ -9,7 +9,7 @@ import torch
 from families import family
 from lossless import assert_lossless
 
-from dream_hf import attention, caches, choosing, generation, targets, texts
+from dream_hf import caches, choosing, generation, targets, texts, tree_masks
 
 PENALISED = {"repetition_penalty": 1.5}
 ENDING = {"eos_token_id": list(range(3, 12))}
@@ -23,7 +23,7 @@ def patched(monkeypatch, owner, name, make):
 def without_the_mask(monkeypatch):
     """Nodes see all that precedes them in the tree, siblings included."""
     patched(
-        monkeypatch, attention, "tree_mask_function", lambda _: lambda scope, mask_function, q_offset: mask_function
+        monkeypatch, tree_masks, "tree_mask_function", lambda _: lambda scope, mask_function, q_offset: mask_function
     )
 
 
@@ -38,7 +38,7 @@ def without_logical_positions_in_the_mask(monkeypatch):
 
         return by_slot
 
-    patched(monkeypatch, attention, "tree_mask_function", make)
+    patched(monkeypatch, tree_masks, "tree_mask_function", make)
 
 
 def without_compaction(monkeypatch):

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from dream_hf import DreamDrafter, attention, targets
+from dream_hf import DreamDrafter, attention, targets, tree_masks
 
 NUM_NEW = 24
 NAMES = ["llava_clip_llama", "gemma3", "qwen2_5_vl"]  # plain, sliding windows, three axes of positions
@@ -49,7 +49,8 @@ def traces(target: Target) -> dict[str, Any]:
         "training": target.training,
         "masks": dict(AttentionMaskInterface._global_mapping),
         "attention functions": dict(AttentionInterface._global_mapping),
-        "tree": attention._tree.get(),
+        "look-ups": [vars(owner).get("__getitem__") for owner in (AttentionMaskInterface, AttentionInterface)],
+        "tree": tree_masks._tree.get(),
         "observed": attention._observed.get(),
         "recorded": targets._record.get(),
         "gradients": torch.is_grad_enabled(),

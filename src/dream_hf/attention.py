@@ -1,154 +1,51 @@
-"""Scoped access to transformers' attention: tree masks, and what a layer's attention looks like.
-
-transformers builds every mask through the functions registered in `AttentionMaskInterface` and runs every attention but
-the eager one through those in `AttentionInterface`. Inside the scopes below these are wrapped. A wrapper does nothing
-unless a context variable of the calling thread says so, and the registries are put back when the last scope closes.
-"""
+"""What a layer's attention looks like, and what it is given, whatever implementation it runs with."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-TREE_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+from .lookups import ScopedWrap, wrapped_lookup
+
 QUERY_CHUNK, MIN_QUERY_CHUNK = 256, 16
 
 
-@dataclass(frozen=True)
-class TreeScope:
-    """A tree being verified: `lengths` (B,) verified slots, `depths` (B, N) and `ancestors` (B, N, N) of its nodes."""
+@dataclass
+class ArgumentRecord:
+    """What the attention of some layers was given beside queries, keys, values and mask.
 
-    lengths: torch.Tensor
-    depths: torch.Tensor
-    ancestors: torch.Tensor
+    Args:
+        num_calls (`int`): How often.
+        dropped (`set[str]`): Names of what `"sdpa"` takes no notice of, or refuses.
+    """
 
-    def to(self, device: torch.device | str) -> TreeScope:
-        """The same on another device."""
-        return TreeScope(self.lengths.to(device), self.depths.to(device), self.ancestors.to(device))
+    num_calls: int = 0
+    dropped: set[str] = field(default_factory=set)
+
+    @property
+    def suits_sdpa(self) -> bool:
+        """Whether `"sdpa"` is known to compute the same."""
+        return self.num_calls > 0 and not self.dropped
 
 
 # Called with a module and, for consecutive chunks of queries, probabilities (B, heads, queries, K).
 AttentionObserver = Callable[[nn.Module, Iterator[torch.Tensor]], None]
 
-_tree: ContextVar[TreeScope | None] = ContextVar("dream_hf_tree", default=None)
+# By id of an attention module: where its arguments are noted.
+_noted: ContextVar[dict[int, ArgumentRecord] | None] = ContextVar("dream_hf_noted", default=None)
 # By id of an attention module: who watches it, and which of its queries (None for all).
 _Watch = tuple[AttentionObserver, torch.Tensor | None]
 _observed: ContextVar[dict[int, _Watch] | None] = ContextVar("dream_hf_observed", default=None)
-
-
-class _RegistryWraps:
-    """Wrappers in one of transformers' registries, installed while at least one scope is open."""
-
-    def __init__(self, interface: type, wrap: Callable[[Callable], Callable]):
-        self.interface, self.wrap = interface, wrap
-        self.lock = threading.Lock()
-        self.num_users = 0
-        self.replaced: dict[str, tuple[Callable, Callable]] = {}
-
-    @contextmanager
-    def installed(self, names: Sequence[str]) -> Iterator[None]:
-        mapping = self.interface._global_mapping  # type: ignore[attr-defined]
-        with self.lock:
-            self.num_users += 1
-            for name in names:
-                if name in mapping and name not in self.replaced:
-                    self.replaced[name] = (mapping[name], self.wrap(mapping[name]))
-                    mapping[name] = self.replaced[name][1]
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.num_users -= 1
-                if not self.num_users:
-                    for name, (original, wrapper) in self.replaced.items():
-                        if mapping.get(name) is wrapper:
-                            mapping[name] = original
-                    self.replaced = {}
-
-
-# --- tree masks ---
-
-
-@contextmanager
-def tree_masks_available(text_config: Any) -> Iterator[None]:
-    """Let [`tree_scope`] work on models with this text configuration.
-
-    Attention implementations that take no mask (FlashAttention) run as `"sdpa"` while in the block.
-    """
-    implementation = text_config._attn_implementation
-    with _mask_wraps.installed(TREE_IMPLEMENTATIONS):
-        if implementation not in TREE_IMPLEMENTATIONS:
-            text_config._attn_implementation = "sdpa"
-        try:
-            yield
-        finally:
-            text_config._attn_implementation = implementation
-
-
-@contextmanager
-def tree_scope(scope: TreeScope) -> Iterator[None]:
-    """Forwards of N new tokens in the block treat them as the nodes of a tree."""
-    token = _tree.set(scope)
-    try:
-        yield
-    finally:
-        _tree.reset(token)
-
-
-def current_tree() -> TreeScope | None:
-    """The tree this thread is verifying, if it is."""
-    return _tree.get()
-
-
-def tree_mask_function(scope: TreeScope, mask_function: Callable, q_offset: int) -> Callable:
-    """The model's own `mask_function` at logical positions, and only on verified slots and ancestors.
-
-    Slot s of row b holds the verified token s if s < `lengths[b]`, else node s - `lengths[b]`. A node's logical position
-    is `lengths[b]` plus its depth, so that sliding windows and chunks cut where they would in plain decoding.
-    """
-    num_nodes = scope.depths.shape[1]
-
-    def inner(batch_idx, head_idx, q_idx, kv_idx):
-        length = scope.lengths[batch_idx]
-        query, key = q_idx - q_offset, kv_idx - length
-        key_node = key.clamp(0, num_nodes - 1)
-        is_verified = key < 0
-        is_ancestor = (key < num_nodes) & scope.ancestors[batch_idx, query, key_node]
-        key_position = torch.where(is_verified, kv_idx, length + scope.depths[batch_idx, key_node])
-        query_position = length + scope.depths[batch_idx, query]
-        return (is_verified | is_ancestor) & mask_function(batch_idx, head_idx, query_position, key_position)
-
-    return inner
-
-
-def _wrap_mask(build_mask: Callable) -> Callable:
-    @wraps(build_mask)
-    def build_tree_mask(*args, **kwargs):
-        scope = _tree.get()
-        if scope is None or kwargs.get("q_length") != scope.depths.shape[1]:
-            return build_mask(*args, **kwargs)
-        kwargs["mask_function"] = tree_mask_function(
-            scope.to(kwargs.get("device", scope.depths.device)),
-            kwargs.get("mask_function", causal_mask_function),
-            kwargs.get("q_offset", 0),
-        )
-        kwargs["allow_is_causal_skip"] = False
-        return build_mask(*args, **kwargs)
-
-    return build_tree_mask
-
-
-# --- what attention looks like ---
 
 
 @contextmanager
@@ -161,11 +58,10 @@ def observe_attention(
     queries at a time, or taken over from eager attention, which makes them anyway. Of each forward's queries only those
     with an index in `queries` (n,) are shown, and paid for; by default all.
     """
-    implementations = {_implementation(module) for module in modules}
     token = _observed.set({**(_observed.get() or {}), **{id(module): (observer, queries) for module in modules}})
     with ExitStack() as stack:
         stack.callback(_observed.reset, token)
-        stack.enter_context(_attention_wraps.installed([name for name in implementations if name != "eager"]))
+        stack.enter_context(_attention_wrap.installed())
         for module in modules:
             if _implementation(module) == "eager":
                 stack.callback(module.register_forward_hook(_show_eager).remove)
@@ -251,16 +147,45 @@ def _implementation(module: Any) -> str:
     return module.config._attn_implementation
 
 
-def _wrap_attention(attend: Callable) -> Callable:
+def _wrap_attention(name: str, attend: Callable) -> Callable:
+    observed, noted = _observed.get() or {}, _noted.get() or {}
+    if not observed and not noted:
+        return attend
+
     @wraps(attend)
     def attend_and_show(module, query, key, value, attention_mask, *args, **kwargs):
-        observer, queries = (_observed.get() or {}).get(id(module), (None, None))
-        if observer is not None:
+        observer, queries = observed.get(id(module), (None, None))
+        if observer is not None and name != "eager":  # which is shown by a hook
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             observer(module, attention_chunks(query, key, attention_mask, scaling, kwargs.get("softcap"), queries))
+        if id(module) in noted:
+            noted[id(module)].num_calls += 1
+            noted[id(module)].dropped |= _dropped_by_sdpa(kwargs)
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attend_and_show
+
+
+@contextmanager
+def note_arguments(modules: Sequence[nn.Module]) -> Iterator[ArgumentRecord]:
+    """Note what the attention of `modules` is given in the block by layers that look their implementation up."""
+    record = ArgumentRecord()
+    token = _noted.set(dict.fromkeys(map(id, modules), record))
+    try:
+        with _attention_wrap.installed():
+            yield record
+    finally:
+        _noted.reset(token)
+
+
+def _dropped_by_sdpa(kwargs: dict[str, Any]) -> set[str]:
+    """Names of real numbers that have a say in attention (sinks, soft caps, biases) and that sdpa does not take."""
+    extra = {name: kwargs[name] for name in kwargs.keys() - signature(sdpa_attention_forward).parameters.keys()}
+    return {
+        name
+        for name, value in extra.items()
+        if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point())
+    }
 
 
 def _show_eager(module: nn.Module, args: tuple, output: Any) -> None:
@@ -270,5 +195,4 @@ def _show_eager(module: nn.Module, args: tuple, output: Any) -> None:
         observer(module, iter([shown.float()]))
 
 
-_mask_wraps = _RegistryWraps(AttentionMaskInterface, _wrap_mask)
-_attention_wraps = _RegistryWraps(AttentionInterface, _wrap_attention)
+_attention_wrap = ScopedWrap(AttentionInterface, "__getitem__", wrapped_lookup(_wrap_attention))

@@ -71,11 +71,13 @@ class CompiledFunction:
     Args:
         function (`Callable`): What to compile. It must hold no reference to the model it belongs to.
         settings (`Settings`): How.
+        watched (`set[str]`): Attention implementations with which the model was seen to use a tree's masks.
     """
 
     function: Callable
     settings: Settings
     is_broken: bool = False
+    watched: set[str] = field(default_factory=set)
     compiled: Callable = field(init=False)
 
     def __post_init__(self):

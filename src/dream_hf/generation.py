@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 
-from .attention import TreeScope, attention_received, observe_attention, tree_scope
+from .attention import attention_received, observe_attention
 from .choosing import Chooser, may_remember
 from .compat import CACHE, cache_of
 from .compression import compress_text
@@ -34,6 +34,7 @@ from .requests import check_cache, check_request, compile_settings
 from .targets import DecoderRecord, Target, sliding_windows, unwrap
 from .texts import Ends, Stream, Texts
 from .tree import DraftTree
+from .tree_masks import TreeScope, tree_scope
 from .verifying import Forwards, make_forwards
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")

@@ -19,6 +19,7 @@ from .configuration_dream import describe_target
 from .draft_vocabulary import check_draft_vocabulary
 from .modeling_dream import DreamDrafter
 from .targets import Target, unwrap
+from .tree_masks import check_exchangeable, takes_tree_masks
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +45,8 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
             "`DreamDrafter.from_pretrained(...)`."
         )
     check_target(model, drafter)
+    target = Target(model)
+    check_exchangeable(target.decoder, target.text_config)
     _check_strategy(generation_config)
     drafter.config.check_drafting()
     check_draft_vocabulary(drafter.draft_token_ids, drafter.config.draft_vocab_size, drafter.config.vocab_size)
@@ -111,6 +114,11 @@ def compile_settings(
         )
     elif target.text_config._attn_implementation == "flex_attention":
         reason = '`attn_implementation="flex_attention"` compiles by itself'
+    elif not takes_tree_masks(target.text_config._attn_implementation):
+        reason = (
+            f"`attn_implementation={target.text_config._attn_implementation!r}` takes no tree masks, and what stands in for "
+            'it is not compiled; load the target with `attn_implementation="sdpa"`'
+        )
     elif generation_config.output_attentions:
         reason = "`output_attentions=True` wants attention to the filled part of the cache"
     elif synced_gpus:

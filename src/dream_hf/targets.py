@@ -6,7 +6,7 @@ The only module that looks inside target models.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .attention import current_tree, tree_masks_available
+from .attention import ArgumentRecord, note_arguments
 from .draft_vocabulary import reduced_head
+from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_masks_available
 
 if TYPE_CHECKING:
     from .modeling_dream import DreamDrafter
@@ -68,6 +69,7 @@ class Target:
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self.lm_head: nn.Module = self.model.get_output_embeddings()
         self.logit_rule = LogitRule()
+        self.noted: ArgumentRecord | None = None
         missing = [
             name
             for name, part in (("input embedding", self.embedding), ("LM head", self.lm_head))
@@ -128,15 +130,29 @@ class Target:
 
     @property
     def rescaled_attentions(self) -> list[Any]:
-        """Attention modules that need hooks to take trees (Llama4's)."""
+        """Attention modules that need hooks to take trees (Llama4's).
+
+        Raises:
+            ValueError: Not all layers that the configuration has scaled were found.
+        """
         if not getattr(self.text_config, "attn_temperature_tuning", False):
             return []
         modules: Iterator[Any] = self.decoder.modules()
-        return [m for m in modules if getattr(m, "attn_temperature_tuning", False) and not m.use_rope]
+        scaled = [m for m in modules if getattr(m, "attn_temperature_tuning", False) and not m.use_rope]
+        num_wanted = sum(not has_rope for has_rope in self.text_config.no_rope_layers)
+        if len(scaled) != num_wanted:
+            raise ValueError(
+                f"`{type(self.model).__name__}` has `attn_temperature_tuning` in {num_wanted} layers, and the queries of "
+                f"{len(scaled)} could be found; use another target, or generate without `assistant_model`."
+            )
+        return scaled
 
     @contextmanager
     def taking_trees(self) -> Iterator[None]:
-        """Let the model verify trees while in the block, whatever its attention implementation and family."""
+        """Let the model verify trees while in the block, whatever its attention implementation and family.
+
+        Where another implementation has to stand in, which one depends on what was passed on while `recording`.
+        """
         handles = [
             module.q_proj.register_forward_hook(
                 lambda _, __, queries, owner=module: rescale_tree_queries(owner, queries)
@@ -144,7 +160,7 @@ class Target:
             for module in self.rescaled_attentions
         ]
         try:
-            with tree_masks_available(self.text_config):
+            with tree_masks_available(self.decoder, self.text_config, self.noted):
                 yield
         finally:
             for handle in handles:
@@ -174,11 +190,20 @@ class Target:
             self.decoder.register_forward_hook(after),
         ]
         try:
-            yield record
+            with self._noting_arguments():
+                yield record
         finally:
             for handle in handles:
                 handle.remove()
             _record.reset(token)
+
+    @contextmanager
+    def _noting_arguments(self) -> Iterator[None]:
+        """Note what attention is given, where another implementation has to stand in for trees."""
+        with ExitStack() as stack:
+            if not takes_tree_masks(self.text_config._attn_implementation):
+                self.noted = stack.enter_context(note_arguments(text_attentions(self.decoder)))
+            yield
 
 
 def rescale_tree_queries(module: Any, queries: torch.Tensor) -> torch.Tensor:
@@ -188,8 +213,13 @@ def rescale_tree_queries(module: Any, queries: torch.Tensor) -> torch.Tensor:
     plain decoding that is the position; in a tree it is not, so the two scales' ratio is applied beforehand.
     """
     scope = current_tree()
-    if scope is None or queries.shape[1] != scope.depths.shape[1]:
+    if scope is None:
         return queries
+    if queries.shape[:2] != scope.depths.shape:
+        raise RuntimeError(
+            f"`{type(module).__name__}` scales queries of shape {tuple(queries.shape)} in a forward over "
+            f"{tuple(scope.depths.shape)} nodes; use another target, or generate without `assistant_model`."
+        )
 
     def scale(slots: torch.Tensor) -> torch.Tensor:
         return torch.log1p(torch.floor((slots.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0

@@ -15,6 +15,7 @@ from .configuration_dream import DreamConfig
 from .static_caches import StaticSlots, static_layers
 from .targets import DecoderRecord, Target
 from .tree import DraftTree
+from .tree_proof import TreeProof, are_tree_masks
 
 
 class Forwards:
@@ -32,6 +33,7 @@ class Forwards:
     def __init__(self, target: Target, batch_size: int, record: DecoderRecord):
         self.target, self.record = target, record
         self.slots = Slots([0] * batch_size)
+        self.proof = TreeProof(target.model, target.decoder, [m.q_proj for m in target.rescaled_attentions])
 
     def arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """The target's arguments from the prefill on."""
@@ -51,7 +53,8 @@ class Forwards:
         """The target's outputs for the prepared `inputs` of `num_nodes` nodes per row."""
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_nodes
-        return self.target.model(**inputs, return_dict=True)
+        with self.proof.watching(num_nodes):
+            return self.target.model(**inputs, return_dict=True)
 
     def features(self, outputs: Any) -> torch.Tensor:
         """Features (B, N, H) of the nodes in the last forward, whose outputs these are."""
@@ -117,9 +120,20 @@ class CompiledForwards(Forwards):
         if self.is_dynamic:
             let_nodes_vary(inputs)
         run = self.run if num_nodes <= self.tree_size + 1 else self.run.function  # an odd shape is not worth a graph
-        outputs = run(self.target.model, {**inputs, "return_dict": True})
+        if self.proof.is_missing(num_nodes) and not self._is_proven_by_masks(inputs):
+            run = self.run.function  # compiled code cannot be watched
+        elif self.proof.is_missing(num_nodes):
+            self.proof.take(num_nodes)
+        with self.proof.watching(num_nodes):
+            outputs = run(self.target.model, {**inputs, "return_dict": True})
+        self.run.watched.add(self.target.text_config._attn_implementation)
         self.slots.settle()
         return outputs
+
+    def _is_proven_by_masks(self, inputs: dict[str, Any]) -> bool:
+        """Whether the masks were built beforehand and the model has been seen, in an earlier call, to use such masks."""
+        is_known = self.target.text_config._attn_implementation in self.run.watched
+        return is_known and are_tree_masks(inputs.get("attention_mask"))
 
     def features(self, outputs: Any) -> torch.Tensor:
         return outputs.hidden_states[-1]
