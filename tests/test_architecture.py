@@ -25,8 +25,10 @@ LAYERS = [
         "downloads",
         "draft_vocabulary",
         "losses",
+        "masked_attention",
         "texts",
         "threads",
+        "visibility",
     ],
     ["configuration_dream", "attention", "training_args"],
     [
