@@ -86,9 +86,10 @@ def novelty(features: torch.Tensor, is_visual: torch.Tensor, num_compared: int =
     directions = torch.nn.functional.normalize(visual, dim=-1)  # (B, V, H)
     found = directions.new_zeros(is_visual.shape)
     places = torch.arange(order.shape[1], device=order.device)
-    for some in places.split(max(1, num_compared // max(order.numel(), 1))):
-        before = places[: int(some[-1]) + 1]
-        likeness = directions[:, some] @ directions[:, : len(before)].mT
+    size = max(1, num_compared // max(order.numel(), 1))
+    for start in range(0, len(places), size):
+        some, before = places[start : start + size], places[: start + size]
+        likeness = directions[:, start : start + size] @ directions[:, : start + size].mT
         nearest = likeness.masked_fill_(before >= some[:, None], -1.0).amax(-1)
         found.scatter_(1, order[:, some], 1.0 - nearest)
     return found.masked_fill_(~is_visual, 0.0)

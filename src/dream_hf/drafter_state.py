@@ -109,8 +109,9 @@ class DrafterState:
         first = first.to(embeds.device, embeds.dtype)
         embeds.scatter_(1, behind[..., None].expand(-1, -1, embeds.shape[-1]), first)
         positions.scatter_(1, behind, end)
-        has_known = known is not None and known.shape[1] > 0
-        features = torch.cat([known, text.features], dim=1) if has_known else text.features
+        features = text.features
+        if known is not None and known.shape[1]:
+            features = torch.cat([known, features], dim=1)
         self.read(embeds, features, positions, (text.counts + 1).tolist())
 
     def read_on(self, embeds: torch.Tensor, features: torch.Tensor, counts: Sequence[int]) -> None:

@@ -88,7 +88,10 @@ class DreamCrossAttention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _unseen(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, heads, 1, head_dim), or what expands to it, for a query without a visible feature: zeros, or the published code's uniform average."""
+        """For a query without a visible feature: zeros, or the published code's uniform average.
+
+        (B, heads, 1, head_dim), or what expands to it.
+        """
         if not self.config.legacy or not values.shape[2]:
             return values.new_zeros(1, 1, 1, 1)
         return values.mean(2, keepdim=True).repeat_interleave(self.num_key_value_groups, dim=1)
