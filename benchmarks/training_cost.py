@@ -121,8 +121,13 @@ def selection(mode: str, target: Any) -> LayerSelection:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes that tensors made by `run` held at once, from the profiler's record of every allocation."""
+    """Most bytes that tensors made by `run` held at once, when all is warm."""
     run()
+    return allocated_bytes(run)
+
+
+def allocated_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes that tensors made by `run` held at once, from the profiler's record of every allocation."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -26,8 +26,10 @@ LAYERS = [
         "draft_vocabulary",
         "lookups",
         "losses",
+        "masked_attention",
         "texts",
         "threads",
+        "visibility",
     ],
     ["configuration_dream", "attention", "tree_masks", "tree_proof", "training_args"],
     [

@@ -9,22 +9,25 @@ from dream_hf.compression import novelty, tokens_to_keep
 
 
 def slow_novelty(features, is_visual):
-    """1 less the largest cosine to an earlier visual token, pair by pair in float64."""
+    """1 less the largest cosine to an earlier visual token, pair by pair; 0 at tokens of text."""
     values = torch.zeros(features.shape[:2], dtype=torch.float64)
     for row, directions in enumerate(features.double() / features.double().norm(dim=-1, keepdim=True)):
         for column, one in enumerate(directions):
-            earlier = [float(one @ directions[other]) for other in range(column) if is_visual[row, other]]
-            values[row, column] = 1 - max(earlier, default=-1.0)
+            if is_visual[row, column]:
+                earlier = [float(one @ directions[other]) for other in range(column) if is_visual[row, other]]
+                values[row, column] = 1 - max(earlier, default=-1.0)
     return values
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 11, 1024])
-def test_novelty_equals_a_slow_count(chunk_size):
+@pytest.mark.parametrize("num_compared", [1, 60, 2**22], ids=["one by one", "in chunks", "at once"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_novelty_equals_a_slow_count(share, num_compared):
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 11, 6, generator=generator) * 5
-    is_visual = torch.rand(2, 11, generator=generator) < 0.7
-    found = novelty(features, is_visual, chunk_size)
-    torch.testing.assert_close(found.double(), slow_novelty(features, is_visual), atol=1e-6, rtol=0)
+    features = torch.randn(3, 13, 6, generator=generator, dtype=torch.float64) * 5
+    is_visual = torch.rand(3, 13, generator=generator) < share
+    found = novelty(features, is_visual, num_compared)
+    torch.testing.assert_close(found, slow_novelty(features, is_visual), atol=1e-9, rtol=0)
+    torch.testing.assert_close(novelty(features.float(), is_visual, num_compared).double(), found, atol=1e-5, rtol=0)
 
 
 def test_of_several_alike_the_first_is_kept():

@@ -21,6 +21,7 @@ import engine
 import engine_floor
 import engine_rows
 import engine_ways
+import prompt_memory
 from engine_planting import accept_probability, make_plan, plant
 from engine_shapes import SHAPES, TINY, make_drafter, make_prompt, make_target
 
@@ -291,3 +292,16 @@ def test_what_else_grows_is_seen(monkeypatch):
     monkeypatch.setattr(generation._Decoding, "step", lambda self: (kept.append(torch.zeros(75)), step(self))[1])
     result = context_growth.main(GROWTH_RUN)
     assert result["memory"]["other_bytes_per_generated_token"] > 50
+
+
+def test_a_prompt_s_memory_grows_with_its_length(tmp_path, capsys):
+    """The figures are there, what grows with the square would show, and training has a limit of its own."""
+    run = ["--contexts", "128", "512", "--longest_training", "128", "--width", "64"]
+    result = prompt_memory.main([*run, "--output", str(tmp_path / "memory.json")])
+    assert json.loads((tmp_path / "memory.json").read_text())["rows"] == result["rows"]
+    first, second = result["rows"]
+    assert "training_bytes" in first and "training_bytes" not in second
+    assert set(second["growth"]) == set(prompt_memory.PARTS) - {"training"}
+    assert second["growth"]["target_prefill"] < 1.1 and second["growth"]["drafter_prompt"] < 1.1
+    assert second["prompt_over_prefill"] < second["limit"] == 2
+    assert "(1.0" in capsys.readouterr().out

@@ -162,5 +162,5 @@ def test_mutations_are_caught(monkeypatch, mutate, name, batch, settings):
 def test_a_wrong_drafter_is_slow_and_never_wrong(monkeypatch):
     target = family("gemma2").make_target()
     inputs = family("gemma2").make_inputs(target, 3)
-    monkeypatch.setattr(targets, "find_logit_rule", lambda *_: targets.LogitRule(scale=-0.5))
+    monkeypatch.setattr(targets, "logit_rules", lambda *_: [targets.LogitRule(scale=-0.5)])
     assert_lossless(target, inputs, drafts=["untrained", "tree"])

@@ -58,12 +58,15 @@ def compress_text(
         if ranking is not None:
             keep = real & tokens_to_keep(ranking, is_visual & real, keep_ratio)
     order, counts = left_aligned(keep)
-    order = order[:, : int(counts.max())]
-    wide = order[..., None].expand(-1, -1, features.shape[-1])
-    return DrafterText(embeds.gather(1, wide), features.gather(1, wide), positions.gather(1, order), order, counts)
+    num_kept = counts.tolist()
+    order = order[:, : max(num_kept)]
+    if min(num_kept) < num_tokens:  # else all are where they belong, and nothing is copied
+        wide = order[..., None].expand(-1, -1, features.shape[-1])
+        embeds, features, positions = embeds.gather(1, wide), features.gather(1, wide), positions.gather(1, order)
+    return DrafterText(embeds, features, positions, order, counts)
 
 
-def novelty(features: torch.Tensor, is_visual: torch.Tensor, chunk_size: int = 1024) -> torch.Tensor:
+def novelty(features: torch.Tensor, is_visual: torch.Tensor, num_compared: int = 2**22) -> torch.Tensor:
     """How unlike each visual token is to those before it: 1 less its largest cosine similarity to one of them.
 
     Of several alike (a background, say) the first is new, the others are not. It takes no attention maps.
@@ -71,20 +74,25 @@ def novelty(features: torch.Tensor, is_visual: torch.Tensor, chunk_size: int = 1
     Args:
         features (`torch.Tensor` of shape `(B, T, H)`): The target's last features.
         is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
-        chunk_size (`int`): Tokens compared with those before them at a time.
+        num_compared (`int`): Pairs of tokens that are compared at a time.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`: Between 0 and 2; the first visual token has 2.
+        `torch.Tensor` of shape `(B, T)`: Between 0 and 2; 2 at the first visual token, and 0 where there is none.
     """
-    directions = torch.nn.functional.normalize(features.float(), dim=-1)
-    columns = torch.arange(features.shape[1], device=features.device)
-    nearest = []
-    for some in columns.split(chunk_size):
-        before = columns[: int(some[-1]) + 1]
-        is_compared = is_visual[:, None, : len(before)] & (before < some[:, None])
-        likeness = directions[:, some] @ directions[:, : len(before)].mT
-        nearest.append(likeness.masked_fill(~is_compared, -1.0).amax(-1))
-    return 1.0 - torch.cat(nearest, dim=1)
+    order, counts = left_aligned(is_visual)
+    order = order[:, : int(counts.max())]
+    visual = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
+    visual = visual.to(torch.promote_types(visual.dtype, torch.float32))
+    directions = torch.nn.functional.normalize(visual, dim=-1)  # (B, V, H)
+    found = directions.new_zeros(is_visual.shape)
+    places = torch.arange(order.shape[1], device=order.device)
+    size = max(1, num_compared // max(order.numel(), 1))
+    for start in range(0, len(places), size):
+        some, before = places[start : start + size], places[: start + size]
+        likeness = directions[:, start : start + size] @ directions[:, : start + size].mT
+        nearest = likeness.masked_fill_(before >= some[:, None], -1.0).amax(-1)
+        found.scatter_(1, order[:, some], 1.0 - nearest)
+    return found.masked_fill_(~is_visual, 0.0)
 
 
 def tokens_to_keep(importance: torch.Tensor, is_visual: torch.Tensor, keep_ratio: float) -> torch.Tensor:

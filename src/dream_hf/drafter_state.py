@@ -19,9 +19,11 @@ from .compiling import Settings, compiled_function
 from .compression import DrafterText
 from .lean import Angles, lean_drafter
 from .levels import Beams, Level, TargetHead, lean_level, let_beams_vary, next_level
-from .modeling_dream import DraftMasks, DreamDrafter
+from .masked_attention import MASK_ENTRIES
+from .modeling_dream import DreamDrafter
 from .static_caches import StaticSlotLayer, StaticSlots, static_cache
 from .threads import cpu_threads
+from .visibility import DraftMasks, FromStart
 
 
 class DrafterState:
@@ -52,19 +54,43 @@ class DrafterState:
     ) -> None:
         """Take in verified text: the first `counts[b]` tokens of row b, of which the last has no feature yet."""
         device, dtype = self.drafter.device, self.drafter.dtype
+        embeds, features = embeds.to(device, dtype), features.to(device, dtype)
         positions = positions.to(device)
-        num_tokens, num_missing = embeds.shape[1], embeds.shape[1] - features.shape[1]
-        own = self.tokens.tensor(device)[:, None] + torch.arange(num_tokens, device=device)
-        sees = torch.arange(self.reserve(num_tokens), device=device) <= own[..., None]
+        num_missing = embeds.shape[1] - features.shape[1]
         is_prompt = not self.features.longest  # many tokens: as many threads as there are
         with cpu_threads(None if is_prompt else self.drafter.config.draft_threads):
-            hidden = self._forward(embeds.to(device, dtype), features.to(device, dtype), sees, positions)
+            if self.tokens.longest:
+                hidden = self._read_behind(embeds, features, positions)
+            else:
+                hidden = self._read_start(embeds, features, positions)
         self.level_angles = None
         self.tokens.commit(counts)
         self.features.commit([max(count - num_missing, 0) for count in counts])
         last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
         self.root_features = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         self.root_positions = positions.gather(1, last)
+
+    def _read_start(self, embeds: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read the start of all rows' texts at once, which takes no masks: features (B, T, H)."""
+        self.reserve(embeds.shape[1])
+        masks = DraftMasks(FromStart(), FromStart(behind=1))
+        return self._run_modules(embeds, features, masks, positions)
+
+    def _read_behind(self, embeds: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read on, in chunks whose masks do not grow with the text: features (B, T, H)."""
+        num_rows, num_tokens = positions.shape
+        columns = self.reserve(num_tokens)
+        starts = self.tokens.tensor(embeds.device)[:, None]
+        size = max(1, MASK_ENTRIES // (num_rows * columns))
+        parts = [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+        hidden = []
+        for part in parts:
+            own = starts + torch.arange(part.start, part.stop, device=embeds.device)
+            sees = torch.arange(self.reserve(part.stop - part.start), device=embeds.device) <= own[..., None]
+            hidden.append(self._forward(embeds[:, part], features[:, part], sees, positions[:, part]))
+            if len(parts) > 1:
+                self.extend(part.stop - part.start)  # until all is read
+        return hidden[0] if len(parts) == 1 else torch.cat(hidden, dim=1)
 
     def read_prompt(
         self, text: DrafterText, first: torch.Tensor, end: torch.Tensor, known: torch.Tensor | None = None
@@ -83,7 +109,9 @@ class DrafterState:
         first = first.to(embeds.device, embeds.dtype)
         embeds.scatter_(1, behind[..., None].expand(-1, -1, embeds.shape[-1]), first)
         positions.scatter_(1, behind, end)
-        features = text.features if known is None else torch.cat([known, text.features], dim=1)
+        features = text.features
+        if known is not None and known.shape[1]:
+            features = torch.cat([known, features], dim=1)
         self.read(embeds, features, positions, (text.counts + 1).tolist())
 
     def read_on(self, embeds: torch.Tensor, features: torch.Tensor, counts: Sequence[int]) -> None:
@@ -157,6 +185,12 @@ class DrafterState:
         num_tokens = self._num_slots(self.tokens, embeds.shape[1])
         num_features = self._num_slots(self.features, features.shape[1])
         masks = DraftMasks(sees[..., :num_tokens], sees[..., 1 : 1 + num_features])
+        return self._run_modules(embeds, features, masks, positions)
+
+    def _run_modules(
+        self, embeds: torch.Tensor, features: torch.Tensor, masks: DraftMasks, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The drafter's forward as its modules compute it: features (B, T, H)."""
         outputs = self.drafter(
             embeds, features, attention_mask=masks, position_ids=positions, past_key_values=self.cache
         )

@@ -20,14 +20,15 @@ from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
     LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 from transformers.utils import ModelOutput
 
 from .checkpoints import StrictPreTrainedModel
-from .compat import CACHE
 from .configuration_dream import DreamConfig
 from .draft_vocabulary import sorted_token_ids
+from .visibility import DraftMasks, FromStart, Visibility, text_visibilities
 
 
 @dataclass
@@ -50,14 +51,6 @@ class DreamDrafterOutput(ModelOutput):
     def past_key_values(self) -> Cache | None:
         """`cache`, by the name it had until transformers 5.23."""
         return self.cache
-
-
-@dataclass(frozen=True)
-class DraftMasks:
-    """Who sees what, True where visible: `tokens` (B, T, K) for self-attention, `features` (B, T, F) for cross-attention."""
-
-    tokens: torch.Tensor
-    features: torch.Tensor
 
 
 class DreamCrossAttention(nn.Module):
@@ -86,41 +79,46 @@ class DreamCrossAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,  # (B, T, H)
         features: torch.Tensor,  # (B, S, H)
-        masks: DraftMasks,
+        seen: Visibility,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        batch, num_tokens, _ = hidden_states.shape
         queries = self.q_norm(self._heads(self.q_proj(hidden_states)))
         keys = self.k_norm(self._heads(self.k_proj(features)))
         values = self._heads(self.v_proj(features))
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
-
-        mask = masks.features.unsqueeze(1)  # (B, 1, T, F)
-        # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
-        sees_something = mask.any(-1, keepdim=True)
-        mask = mask | ~sees_something
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(
-            self,
-            queries,
-            keys,
-            values,
-            attention_bias(mask, queries.dtype, self.config._attn_implementation),
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-        )  # (B, T, heads, head_dim)
-        attended = torch.where(sees_something.transpose(1, 2), attended, self._unseen(values))
-        return self.o_proj(attended.reshape(batch, num_tokens, -1))
+        keys, values = _remember(keys, values, seen, past_key_values, self.layer_idx)
+        attended = attend(self, queries, keys, values, seen, self._unseen(values))
+        return self.o_proj(attended.flatten(2))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _unseen(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, 1, heads, head_dim) for a query without a visible feature: zeros, or the published code's uniform average."""
+        """For a query without a visible feature: zeros, or the published code's uniform average.
+
+        (B, heads, 1, head_dim), or what expands to it.
+        """
         if not self.config.legacy or not values.shape[2]:
-            return values.new_zeros(())
-        return values.mean(2, keepdim=True).repeat_interleave(self.num_key_value_groups, dim=1).transpose(1, 2)
+            return values.new_zeros(1, 1, 1, 1)
+        return values.mean(2, keepdim=True).repeat_interleave(self.num_key_value_groups, dim=1)
+
+
+class DreamSelfAttention(LlamaAttention):
+    """Llama's attention, told who sees what."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,  # (B, T, H)
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # (B, T, head_dim) each
+        seen: Visibility,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        queries, keys, values = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        keys, values = _remember(keys, values, seen, past_key_values, self.layer_idx)
+        return self.o_proj(attend(self, queries, keys, values, seen).flatten(2))
 
 
 class DreamCrossAttentionBlock(GradientCheckpointingLayer):
@@ -137,8 +135,8 @@ class DreamCrossAttentionBlock(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, features, masks, position_embeddings, past_key_values=None) -> torch.Tensor:
-        attended = self.cross_attn(self.input_layernorm(hidden_states), features, masks, past_key_values)
+    def forward(self, hidden_states, features, seen, position_embeddings, past_key_values=None) -> torch.Tensor:
+        attended = self.cross_attn(self.input_layernorm(hidden_states), features, seen.features, past_key_values)
         hidden_states = hidden_states + self.cross_attn_attn_gate.tanh() * attended
         transformed = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + self.cross_attn_mlp_gate.tanh() * transformed
@@ -151,22 +149,16 @@ class DreamSelfAttentionBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: DreamConfig, layer_idx: int, has_input_norm: bool):
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)  # type: ignore[arg-type]
+        self.self_attn = DreamSelfAttention(config, layer_idx)  # type: ignore[arg-type]
         self.mlp = LlamaMLP(config)
         self.input_layernorm = (
             nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if has_input_norm else nn.Identity()
         )
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, features, masks, position_embeddings, past_key_values=None) -> torch.Tensor:
-        bias = attention_bias(
-            masks.tokens.unsqueeze(1), hidden_states.dtype, self.self_attn.config._attn_implementation
-        )
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=bias,
-            **{CACHE: past_key_values},
+    def forward(self, hidden_states, features, seen, position_embeddings, past_key_values=None) -> torch.Tensor:
+        attended = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, seen.tokens, past_key_values
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -279,10 +271,10 @@ class DreamDrafter(DreamPreTrainedModel):
         self._check_inputs(inputs_embeds, target_features)
         past_tokens, past_features = self._cached_lengths(past_key_values)
         if isinstance(attention_mask, DraftMasks):
-            masks = attention_mask
+            seen = attention_mask.visibilities()
         else:
             num_tokens, num_features = inputs_embeds.shape[1], target_features.shape[1]
-            masks = causal_masks(
+            seen = text_visibilities(
                 attention_mask, num_tokens, num_features, past_tokens, past_features, inputs_embeds.device
             )
         if position_ids is None:
@@ -294,7 +286,7 @@ class DreamDrafter(DreamPreTrainedModel):
         mid_hidden_state = hidden_states
         for block in self.layers:
             mid_hidden_state = hidden_states
-            hidden_states = block(hidden_states, features, masks, position_embeddings, past_key_values=past_key_values)
+            hidden_states = block(hidden_states, features, seen, position_embeddings, past_key_values=past_key_values)
         return DreamDrafterOutput(
             last_hidden_state=self.norm(hidden_states),
             mid_hidden_state=mid_hidden_state,
@@ -319,35 +311,41 @@ class DreamDrafter(DreamPreTrainedModel):
         return lengths["tokens"], lengths["features"]
 
 
-def causal_masks(
-    attention_mask: torch.Tensor | None,  # (B, past_tokens + num_tokens)
-    num_tokens: int,
-    num_features: int,
-    past_tokens: int = 0,
-    past_features: int = 0,
-    device: torch.device | None = None,
-) -> DraftMasks:
-    """Masks of text that does not branch: tokens see tokens up to themselves, and the features of positions below theirs."""
-    queries = torch.arange(past_tokens, past_tokens + num_tokens, device=device)[:, None]
-    tokens = torch.arange(past_tokens + num_tokens, device=device)[None]
-    features = torch.arange(past_features + num_features, device=device)[None]
-    if features.shape[1] >= tokens.shape[1]:
-        raise ValueError(
-            f"`target_features` brings the features to {features.shape[1]} for {tokens.shape[1]} tokens; the last token "
-            "has not been through the target, so there must be at least one feature fewer than tokens."
-        )
-    sees_tokens, sees_features = (tokens <= queries)[None], (features < queries)[None]
-    if attention_mask is not None:
-        if attention_mask.shape[-1] != tokens.shape[1]:
-            raise ValueError(
-                f"`attention_mask` has {attention_mask.shape[-1]} columns for {tokens.shape[1]} tokens; it must cover "
-                "the tokens in the cache as well."
-            )
-        real = attention_mask.to(device=device, dtype=torch.bool)[:, None]
-        # A padding query sees itself, so that its softmax is defined; nothing reads what it gets.
-        sees_tokens = (sees_tokens & real) | (tokens == queries)[None]
-        sees_features = sees_features & real[..., : features.shape[1]]
-    return DraftMasks(sees_tokens, sees_features)
+def attend(
+    module: Any,
+    queries: torch.Tensor,  # (B, heads, T, head_dim)
+    keys: torch.Tensor,  # (B, key_value_heads, K, head_dim)
+    values: torch.Tensor,  # (B, key_value_heads, K, head_dim)
+    seen: Visibility,
+    unseen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a module of the drafter, (B, T, heads, head_dim); queries that see nothing get `unseen`.
+
+    PyTorch's own takes as little memory as the visibility allows, all others take masks.
+    """
+    dropout = module.attention_dropout if module.training else 0.0
+    implementation = module.config._attn_implementation
+    if implementation == "sdpa":
+        return seen.attend(queries, keys, values, unseen, module.scaling, dropout).transpose(1, 2)
+    mask = seen.mask(queries.shape[2], keys.shape[2], queries.device).unsqueeze(1)
+    # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
+    sees_something = mask.any(-1, keepdim=True)
+    bias = attention_bias(mask | ~sees_something, queries.dtype, implementation)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    attended, _ = function(module, queries, keys, values, bias, dropout=dropout, scaling=module.scaling)
+    return (
+        attended if unseen is None else torch.where(sees_something.transpose(1, 2), attended, unseen.transpose(1, 2))
+    )
+
+
+def _remember(
+    keys: torch.Tensor, values: torch.Tensor, seen: Visibility, past_key_values: Cache | None, layer_idx: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put keys and values into the cache; returns all that a query may see."""
+    if past_key_values is None:
+        return keys, values
+    shown = past_key_values.update(keys, values, layer_idx)
+    return (keys, values) if isinstance(seen, FromStart) else shown  # buffers may have room behind a first text
 
 
 def attention_bias(mask: torch.Tensor, dtype: torch.dtype, attn_implementation: str | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .compression import left_aligned
 from .features import DrafterBatch
-from .modeling_dream import DraftMasks
+from .visibility import DraftMasks, FromStart, OwnChains
 
 LayerStates = dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer
 
@@ -86,8 +86,7 @@ def roll_out(
     """
     text, predicts = batch.text, batch.predicts
     embeds = text.embeds.to(features.dtype)
-    columns = torch.arange(predicts.shape[1], device=predicts.device)
-    masks = DraftMasks((columns <= columns[:, None])[None], (columns < columns[:, None])[None])
+    masks = DraftMasks(FromStart(), FromStart(behind=1))
     cache = StepCache() if num_steps > 1 else None
     out = drafter(embeds, features, attention_mask=masks, position_ids=text.positions, past_key_values=cache)
     numbers = torch.arange(int(predicts.sum()), device=predicts.device)
@@ -152,11 +151,7 @@ class _Chains:
 
     def masks(self, depth: int) -> DraftMasks:
         """Verified slots up to the base (features: below it), and one's own chain of those drafted."""
-        columns = torch.arange(self.predicts.shape[1], device=self.bases.device)
-        base = self.bases[..., None]
-        own = torch.eye(self.bases.shape[1], dtype=torch.bool, device=self.bases.device)
-        chain = own.repeat(1, depth).expand(self.bases.shape[0], -1, -1)
-        return DraftMasks(torch.cat([columns <= base, chain], dim=-1), torch.cat([columns < base, chain], dim=-1))
+        return DraftMasks(OwnChains(self.bases + 1, depth), OwnChains(self.bases, depth))
 
 
 def _rows(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

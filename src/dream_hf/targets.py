@@ -40,7 +40,9 @@ class DecoderRecord:
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings and features of all tokens since the last call, (B, T, H) each."""
-        embeds, features = torch.cat(self.embeds, dim=1), torch.cat(self.features, dim=1)
+        embeds, features = (
+            parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (self.embeds, self.features)
+        )
         self.clear()
         return embeds, features
 
@@ -110,7 +112,11 @@ class Target:
         Which class applies which setting of its configuration is not written down anywhere (Gemma3 soft-caps as a text
         model and does not as a vision-language model), but one prefill shows it.
         """
-        self.logit_rule = find_logit_rule(self.lm_head(features).float(), logits.float(), self.text_config)
+        rules = logit_rules(self.text_config)
+        if len(rules) == 1:
+            self.logit_rule = rules[0]
+            return
+        self.logit_rule = best_logit_rule(rules, self.lm_head(features).float(), logits.float())
 
     def is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
         """True at image and video tokens, same shape as `input_ids`."""
@@ -242,8 +248,8 @@ class LogitRule:
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
 
-def find_logit_rule(raw: torch.Tensor, logits: torch.Tensor, text_config: PreTrainedConfig) -> LogitRule:
-    """The rule, out of those the configuration allows, that best turns the head's output `raw` (B, V) into `logits`."""
+def logit_rules(text_config: PreTrainedConfig) -> list[LogitRule]:
+    """The rules that a configuration allows."""
     rules = [LogitRule()]
     if softcap := getattr(text_config, "final_logit_softcapping", None):
         rules.append(LogitRule(softcap=softcap))
@@ -251,8 +257,11 @@ def find_logit_rule(raw: torch.Tensor, logits: torch.Tensor, text_config: PreTra
         rules.append(LogitRule(scale=scale))
     if divisor := getattr(text_config, "logits_scaling", None):
         rules.append(LogitRule(scale=1.0 / divisor))
-    if len(rules) == 1:
-        return rules[0]
+    return rules
+
+
+def best_logit_rule(rules: list[LogitRule], raw: torch.Tensor, logits: torch.Tensor) -> LogitRule:
+    """The rule that best turns the head's output `raw` (B, V) into `logits`."""
     return min(rules, key=lambda rule: (rule(raw) - logits).abs().mean().item())
 
 
