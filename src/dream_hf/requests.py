@@ -104,6 +104,8 @@ def compile_settings(
     reason = missing_compiler(settings, target.model.device) or uncompilable(target.model)
     if target.rescaled_attentions:
         reason = f"`{type(target.model).__name__}` scales queries by cache slot, which needs hooks in a tree"
+    elif target.length_dependent_rotaries:
+        reason = f"the rotary angles of `{type(target.model).__name__}` depend on the text's length, which needs hooks in a tree"
     elif target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
         reason = (
             f"`{type(target.model).__name__}` cannot take masks that are made beforehand for several kinds of layers"

@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import current_tree, tree_masks_available
 from .draft_vocabulary import reduced_head
+from .rotary import is_length_dependent, plain_angles
 
 if TYPE_CHECKING:
     from .modeling_dream import DreamDrafter
@@ -134,6 +135,11 @@ class Target:
         modules: Iterator[Any] = self.decoder.modules()
         return [m for m in modules if getattr(m, "attn_temperature_tuning", False) and not m.use_rope]
 
+    @property
+    def length_dependent_rotaries(self) -> list[nn.Module]:
+        """Rotary embeddings whose angles depend on the text's length (`rope_type="dynamic"`, `"longrope"`)."""
+        return [module for module in self.decoder.modules() if is_length_dependent(module)]
+
     @contextmanager
     def taking_trees(self) -> Iterator[None]:
         """Let the model verify trees while in the block, whatever its attention implementation and family."""
@@ -144,7 +150,7 @@ class Target:
             for module in self.rescaled_attentions
         ]
         try:
-            with tree_masks_available(self.text_config):
+            with tree_masks_available(self.text_config), plain_angles(self.length_dependent_rotaries):
                 yield
         finally:
             for handle in handles:
