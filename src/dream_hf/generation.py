@@ -29,7 +29,7 @@ from .levels import TargetHead
 from .modeling_dream import DreamDrafter
 from .outputs import DreamGenerateOutput, Recorder
 from .pausing import Pausing, Unread
-from .requests import check_cache, check_request, compile_settings
+from .requests import check_cache, check_length, check_request, compile_settings
 from .targets import DecoderRecord, Target, sliding_windows, unwrap
 from .texts import Ends, Stream, Texts
 from .tree import DraftTree
@@ -75,6 +75,7 @@ def dream_generate(
     plain_drafter: Any = drafter if drafter is None else unwrap(drafter)
     check_request(model, plain_drafter, generation_config)
     check_cache(model_kwargs.get("past_key_values"))
+    check_length(model, input_ids.shape[1], generation_config.max_length)
     target = Target(model)
     with ExitStack() as recording, torch.no_grad():
         record = recording.enter_context(target.recording())
@@ -298,6 +299,8 @@ class _Decoding:
             inputs = model.prepare_inputs_for_generation(
                 tree.tokens, next_sequence_length=num_nodes, is_first_iteration=False, **kwargs
             )
+            if inputs.get("position_ids") is None:
+                inputs["position_ids"] = self.target.own_positions(lengths[:, None] + tree.depths)
             return self.forwards(inputs, num_nodes)
 
     def _append(self, tokens: torch.Tensor, gained: list[list[int]]) -> list[int]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 VISUAL_TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
+# Families that drop `position_ids` in decoding and then take a token's cache slot for its position, padding included.
+PLACES_BY_SLOT = ("exaone4_5", "hyperclovax_vision_v2")
+
 
 @dataclass
 class DecoderRecord:
@@ -65,7 +68,7 @@ class Target:
     def __init__(self, model: PreTrainedModel):
         self.model: Any = unwrap(model)
         self.text_config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
-        self.decoder: Any = _text_decoder(self.model)
+        self.decoder: Any = text_decoder(self.model)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self.lm_head: nn.Module = self.model.get_output_embeddings()
         self.logit_rule = LogitRule()
@@ -126,6 +129,15 @@ class Target:
             return inputs
         started = answer_mask.to(inputs["input_ids"].device).long().cumsum(-1).clamp(max=1)
         return {**inputs, "token_type_ids": started}
+
+    def own_positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """Positions of tokens in cache `slots` (B, N) for a family that ignores the positions it is given."""
+        if self.model.config.model_type not in PLACES_BY_SLOT:
+            raise ValueError(
+                f"`{type(self.model).__name__}` dropped the `position_ids` of a draft tree when preparing its inputs. Use "
+                "another target, or generate without `assistant_model`."
+            )
+        return slots
 
     @property
     def rescaled_attentions(self) -> list[Any]:
@@ -243,7 +255,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
 
 
-def _text_decoder(model: Any) -> nn.Module:
+def text_decoder(model: Any) -> nn.Module:
     """The module whose output is the features: `get_decoder()`, without the head some families leave on it."""
     decoder = model.get_decoder()
     if decoder is model.get_output_embeddings():  # ModernBertDecoder calls its head `decoder`
