@@ -147,6 +147,7 @@ class _Decoding:
             logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
             token_ids=drafter.draft_token_ids,
             ends=self.ends.eos_token_ids,
+            barred=target.unusable_ids(),
         )
 
     # --- the phases ---

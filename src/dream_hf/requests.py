@@ -70,6 +70,15 @@ def check_length(model: PreTrainedModel, prompt_length: int, max_length: int | N
         raise ValueError(reason)
 
 
+def check_chains(model: PreTrainedModel) -> None:
+    """Refuse a target whose tokens depend on those drafted behind them, in forwards that are not ours."""
+    if Target(model).length_dependent_rotaries:
+        raise ValueError(
+            f"The rotary angles of `{type(model).__name__}` depend on the text's length (`rope_type` dynamic or longrope), and in "
+            "transformers' assisted decoding drafted tokens count. Use `custom_generate=dream_generate`, where they do not."
+        )
+
+
 def check_cache(cache: Any) -> None:
     """Refuse a cache that accepted paths cannot be kept in."""
     if not isinstance(cache, Cache):

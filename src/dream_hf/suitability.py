@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
 from .caches import unsupported_layer
+from .rotary import is_length_dependent
 from .targets import text_decoder, unwrap
 
 # Families that place tokens by cache slot, on their own: gpt_neo cuts a window by slot; moshi's window is cut by its cache
@@ -111,19 +112,20 @@ def _without_cache(model: PreTrainedModel) -> str | None:
 
 
 def _compiled(model: PreTrainedModel) -> str | None:
-    """Compiled code does not see hooks, which tell what passes through the decoder, nor the masks of trees."""
+    """Compiled code does not see hooks, which tell what passes through the decoder and give nodes their places."""
     target: Any = unwrap(model)
     decoder = text_decoder(target)
-    path = next((name for name, module in target.named_modules() if module is decoder), "")
-    names = ["", *path.split(".")] if path else [""]
-    for depth in range(len(names)):
-        name = ".".join(names[1 : depth + 1])
-        if not _is_compiled(target.get_submodule(name)):
+    for path, module in target.named_modules():
+        if module is not decoder and not (is_length_dependent(module) or getattr(module, "attn_temperature_tuning", False)):
             continue
-        return (
-            f"The target's `{name + '.' if name else ''}forward` is compiled, and compiled code takes no hooks. Leave it as it was "
-            "loaded, and let drafted decoding compile it: `drafter.config.compile = True`."
-        )
+        names = path.split(".") if path else []
+        outer = [".".join(names[:depth]) for depth in range(len(names) + 1)]
+        compiled = next((name for name in outer if _is_compiled(target.get_submodule(name))), None)
+        if compiled is not None:
+            return (
+                f"The target's `{compiled + '.' if compiled else ''}forward` is compiled, and compiled code takes no hooks. "
+                "Leave it as it was loaded, and let drafted decoding compile it: `drafter.config.compile = True`."
+            )
     return None
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -91,6 +92,15 @@ class Target:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., H) of text tokens, as they enter the decoder."""
         return self.embedding(token_ids)
+
+    def unusable_ids(self) -> torch.Tensor | None:
+        """Tokens (n,) whose embedding is NaN or infinite, or None: a draft of one would spoil the whole tree.
+
+        A masked key counts nothing, but nothing times NaN is NaN. Embeddings that keep no plain weight are not looked at.
+        """
+        tables = [module for name, module in self.decoder.named_modules() if name.split(".")[-1].startswith("embed_tokens")]
+        spoilt = [ids for table in {self.embedding, *tables} if (ids := spoilt_rows(table)) is not None]
+        return torch.cat([ids.cpu() for ids in spoilt]) if spoilt else None
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """The target's logits (..., V) for features (..., H) in float32, scaling and soft-capping included."""
@@ -242,6 +252,21 @@ def find_logit_rule(raw: torch.Tensor, logits: torch.Tensor, text_config: PreTra
     if len(rules) == 1:
         return rules[0]
     return min(rules, key=lambda rule: (rule(raw) - logits).abs().mean().item())
+
+
+_spoilt: WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor | None]] = WeakKeyDictionary()
+
+
+def spoilt_rows(table: nn.Module) -> torch.Tensor | None:
+    """Rows of an embedding that are NaN or infinite, looked for again only after the weight has changed; None if none is."""
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
+        return None
+    version = 0 if weight.is_inference() else weight._version
+    if table not in _spoilt or _spoilt[table][0] != version:
+        rows = weight.detach().sum(-1, dtype=torch.float32).isfinite().logical_not().nonzero().flatten()
+        _spoilt[table] = version, rows if len(rows) else None
+    return _spoilt[table][1]
 
 
 def end_ids(config: Any) -> frozenset[int]:
