@@ -65,7 +65,7 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     def __enter__(self) -> DreamCandidateGenerator:
         self._record = self._scopes.enter_context(self.target.recording())
-        if self.drafter.config.needs_attention:
+        if self.drafter.config.needs_attention and self.target.visual_ids:
             self._scopes.enter_context(observe_attention([self.target.last_attention], self._observe))
         return self
 

@@ -261,7 +261,11 @@ class _Decoding:
         if self.pausing.is_paused:
             return DraftTree.chain(root)
         room = self.ends.room(self.texts)
-        limits = [self.pausing.max_depth, None if room is None else room - 1, self._positions_left()]  # the target adds a token
+        limits = [
+            self.pausing.max_depth,
+            None if room is None else room - 1,
+            self._positions_left(),
+        ]  # the target adds a token
         max_depth = min((limit for limit in limits if limit is not None), default=None)
         tree = grow_tree(self.state, self.head, root, self.drafter.config, max_depth)
         return tree.to(self.texts.ids.device)
@@ -290,7 +294,9 @@ class _Decoding:
             kwargs["attention_mask"] = torch.nn.functional.pad(self.prompt_mask, (0, num_new), value=1)
         if self.root_positions is not None:
             ahead = (lengths - self.prompt_slots)[:, None] + tree.depths
-            if self.longest_text is not None:  # what lies behind the last token that is ever read need not have a place
+            if (
+                self.longest_text is not None
+            ):  # what lies behind the last token that is ever read need not have a place
                 ahead = ahead.clamp(max=self.longest_text - self.prompt_slots - 2)
             kwargs["position_ids"] = self.root_positions + ahead
         for name in TOKEN_TYPES:
@@ -336,7 +342,7 @@ class _Decoding:
         num_positions = getattr(self.target.text_config, "max_position_embeddings", None)
         self.last_position: int | None = None  # the last one the target was made for, counted from the first root's
         if positions is not None and num_positions is not None:
-            self.last_position = num_positions - 1 - int(self.root_positions.max())
+            self.last_position = num_positions - 2 - int(positions[..., -1].max())
         self.prompt_slots = self.slots.longest
         if self.ends.max_length is not None:  # never more slots than the longest text and a tree need
             self.longest_text = self.prompt_slots + self.ends.max_length - self.texts.prompt_length

@@ -74,8 +74,8 @@ def check_chains(model: PreTrainedModel) -> None:
     """Refuse a target whose tokens depend on those drafted behind them, in forwards that are not ours."""
     if Target(model).length_dependent_rotaries:
         raise ValueError(
-            f"The rotary angles of `{type(model).__name__}` depend on the text's length (`rope_type` dynamic or longrope), and in "
-            "transformers' assisted decoding drafted tokens count. Use `custom_generate=dream_generate`, where they do not."
+            f"The rotary angles of `{type(model).__name__}` depend on the text's length (`rope_type` dynamic or longrope), "
+            "and in transformers' assisted decoding drafted tokens count. Use `custom_generate=dream_generate`, where they do not."
         )
 
 
@@ -103,7 +103,9 @@ def compile_settings(
     if target.rescaled_attentions:
         reason = f"`{type(target.model).__name__}` scales queries by cache slot, which needs hooks in a tree"
     elif target.length_dependent_rotaries:
-        reason = f"the rotary angles of `{type(target.model).__name__}` depend on the text's length, which needs hooks in a tree"
+        reason = (
+            f"`{type(target.model).__name__}` has rotary angles that depend on the text's length, which needs hooks"
+        )
     elif target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
         reason = (
             f"`{type(target.model).__name__}` cannot take masks that are made beforehand for several kinds of layers"

@@ -25,15 +25,15 @@ REMEDY = "Use another target, or generate without `assistant_model`."
 
 def unsuitable(model: PreTrainedModel) -> str | None:
     """Why trees cannot be verified on a model, and what to do about it, or None."""
-    checks = (_other_kind, _placed_by_slot, _prompt_learning, _without_cache, _compiled, _odd_width)
+    checks = (_other_kind, _placed_by_slot, _adapter, _without_cache, _compiled, _odd_width)
     return next((reason for check in checks if (reason := check(model)) is not None), None)
 
 
 def rereads(model: PreTrainedModel, prompt_length: int, max_length: int | None) -> str | None:
     """Why a text from `prompt_length` up to `max_length` tokens cannot be written by trees, or None.
 
-    Phi-3 with `rope_type="longrope"` has other angles for long texts, and in plain decoding reads all of a text anew when it becomes
-    one.
+    Phi-3 with `rope_type="longrope"` has other angles for long texts, and plain decoding reads all of a text anew when it
+    becomes one.
     """
     config: Any = unwrap(model).config.get_text_config(decoder=True)
     switch = getattr(config, "original_max_position_embeddings", None)
@@ -87,16 +87,23 @@ def _placed_by_slot(model: PreTrainedModel) -> str | None:
     )
 
 
-def _prompt_learning(model: Any) -> str | None:
-    """A `PeftModel`, or a model that is being run by one: its `generate()` lends it another way to prepare inputs."""
-    runner = model if hasattr(model, "get_base_model") else getattr(model.prepare_inputs_for_generation, "__self__", None)
+def _adapter(model: Any) -> str | None:
+    """Adapters (peft) that are more than other weights. A `PeftModel` with prompts lends its model a way to prepare inputs."""
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    runner = model if hasattr(model, "get_base_model") else getattr(prepare, "__self__", None)
     adapter = getattr(runner, "active_peft_config", None)
-    if not getattr(adapter, "is_prompt_learning", False):
-        return None
-    return (
-        f"The target's adapter ({type(adapter).__name__}) puts virtual tokens in front of the text, which are no tokens of "
-        "the prompt. Use an adapter that changes weights (LoRA), or generate without `assistant_model`."
-    )
+    if getattr(adapter, "is_prompt_learning", False):
+        return (
+            f"The target's adapter ({type(adapter).__name__}) puts virtual tokens in front of the text, which are no tokens of "
+            "the prompt. Use an adapter that changes weights (LoRA), or generate without `assistant_model`."
+        )
+    adapters = getattr(model, "peft_config", None)
+    if isinstance(adapters, dict) and any(getattr(one, "alora_invocation_tokens", None) for one in adapters.values()):
+        return (
+            "The target's adapter is an activated LoRA (`alora_invocation_tokens`), which counts tokens from the end of a "
+            "forward, where drafted ones stand. Use a plain LoRA, or generate without `assistant_model`."
+        )
+    return None
 
 
 def _without_cache(model: PreTrainedModel) -> str | None:
@@ -116,7 +123,9 @@ def _compiled(model: PreTrainedModel) -> str | None:
     target: Any = unwrap(model)
     decoder = text_decoder(target)
     for path, module in target.named_modules():
-        if module is not decoder and not (is_length_dependent(module) or getattr(module, "attn_temperature_tuning", False)):
+        if module is not decoder and not (
+            is_length_dependent(module) or getattr(module, "attn_temperature_tuning", False)
+        ):
             continue
         names = path.split(".") if path else []
         outer = [".".join(names[:depth]) for depth in range(len(names) + 1)]

@@ -98,7 +98,9 @@ class Target:
 
         A masked key counts nothing, but nothing times NaN is NaN. Embeddings that keep no plain weight are not looked at.
         """
-        tables = [module for name, module in self.decoder.named_modules() if name.split(".")[-1].startswith("embed_tokens")]
+        tables = [
+            module for name, module in self.decoder.named_modules() if name.split(".")[-1].startswith("embed_tokens")
+        ]
         spoilt = [ids for table in {self.embedding, *tables} if (ids := spoilt_rows(table)) is not None]
         return torch.cat([ids.cpu() for ids in spoilt]) if spoilt else None
 
@@ -126,9 +128,13 @@ class Target:
 
     def is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
         """True at image and video tokens, same shape as `input_ids`."""
+        return torch.isin(input_ids, torch.tensor(self.visual_ids, dtype=torch.long, device=input_ids.device))
+
+    @property
+    def visual_ids(self) -> list[int]:
+        """Placeholders of images and videos; none in a text-only target."""
         token_ids = [getattr(self.model.config, name, None) for name in VISUAL_TOKEN_IDS]
-        known = torch.tensor([i for i in token_ids if isinstance(i, int)], dtype=torch.long, device=input_ids.device)
-        return torch.isin(input_ids, known)
+        return [token_id for token_id in token_ids if isinstance(token_id, int)]
 
     def mark_answers(self, inputs: dict[str, Any], answer_mask: torch.Tensor) -> dict[str, Any]:
         """`inputs` of a whole conversation such that its answers (B, T) are read as generated text would be.
