@@ -75,7 +75,7 @@ def check_chains(model: PreTrainedModel) -> None:
     if Target(model).length_dependent_rotaries:
         raise ValueError(
             f"The rotary angles of `{type(model).__name__}` depend on the text's length (`rope_type` dynamic or longrope), "
-            "and in transformers' assisted decoding drafted tokens count. Use `custom_generate=dream_generate`, where they do not."
+            "and in transformers' assisted decoding drafted tokens count. Use `custom_generate=dream_generate`."
         )
 
 
