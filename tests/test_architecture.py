@@ -42,6 +42,8 @@ LAYERS = [
         "modeling_dream",
         "lean",
         "levels",
+        "rotary",
+        "suitability",
         "targets",
     ],
     ["choosing", "outputs", "drafter_state", "drafting", "pausing", "requests", "continuation", "verifying"],

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import family_configs as configs
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -153,6 +154,143 @@ def test_encoder_decoder_targets():
     drafter = DreamDrafter(DreamConfig(vocab_size=104, hidden_size=32, intermediate_size=64, num_attention_heads=4))
     with refusal(target, "BartForConditionalGeneration", "encoder-decoder", "decoder-only"):
         target.generate(input_ids=torch.tensor([[5, 6, 2]]), assistant_model=drafter, max_new_tokens=4)
+
+
+def causal(model_class, config) -> Target:
+    target = model_class(config).eval()
+    target.generation_config.pad_token_id = 0
+    return target
+
+
+SMALL = {
+    "vocab_size": 104,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+VISION = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def mllama() -> Target:
+    vision = VISION | {"vision_output_dim": 32, "num_global_layers": 1, "intermediate_layers_indices": [0]}
+    config = hf.MllamaConfig(
+        text_config=SMALL | {"cross_attention_layers": [1], "pad_token_id": 0},
+        vision_config=vision,
+        image_token_index=100,
+    )
+    return causal(hf.MllamaForConditionalGeneration, config)
+
+
+def opt_of_two_widths() -> Target:
+    config = hf.OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=16)
+    return causal(hf.OPTForCausalLM, config)
+
+
+def llama() -> Target:
+    return family("llama").make_target()
+
+
+def compiled_forward() -> Target:
+    target = llama()
+    target.forward = torch.compile(target.forward, backend="eager")
+    return target
+
+
+def compiled_in_place() -> Target:
+    target = llama()
+    target.compile(backend="eager")
+    return target
+
+
+def compiled_decoder() -> Target:
+    target = llama()
+    target.model = torch.compile(target.model, backend="eager")
+    return target
+
+
+def checkpointing() -> Target:
+    target = llama()
+    target.gradient_checkpointing_enable()
+    return target.train()
+
+
+def adapted(adapter: peft.PeftConfig) -> Target:
+    return peft.get_peft_model(llama(), adapter).eval()
+
+
+VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+ALORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "alora_invocation_tokens": [7, 8]}
+# By name: what makes the target, and words of the refusal.
+UNSUITABLE = {
+    "cross-attention": (mllama, ("cross_attention_layers", "generate without")),
+    "pictures outside the prompt": (
+        lambda: causal(hf.GitForCausalLM, hf.GitConfig(**SMALL, vision_config=VISION)), ("in front of the prompt",)
+    ),
+    "no cache": (
+        lambda: causal(hf.OpenAIGPTLMHeadModel, hf.OpenAIGPTConfig(vocab_size=104, n_embd=32, n_layer=2, n_head=4)),
+        ("no key/value cache", "generate without"),
+    ),
+    "both ways": (lambda: causal(hf.BertLMHeadModel, hf.BertConfig(**SMALL)), ("is_decoder=False", "is_decoder=True")),
+    "two widths": (opt_of_two_widths, ("width 16", "`hidden_size` is 32")),
+    "compiled forward": (compiled_forward, ("target's `forward` is compiled", "drafter.config.compile")),
+    "compiled in place": (compiled_in_place, ("target's `forward` is compiled", "drafter.config.compile")),
+    "compiled decoder": (compiled_decoder, ("target's `model.forward` is compiled", "drafter.config.compile")),
+    "checkpointing": (checkpointing, ("gradient checkpointing", ".eval()")),
+    "prompt tuning": (lambda: adapted(peft.PromptTuningConfig(**VIRTUAL)), ("virtual tokens", "PromptTuningConfig")),
+    "p-tuning": (
+        lambda: adapted(peft.PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=8)), ("virtual tokens", "PromptEncoderConfig")
+    ),
+    "prefix tuning": (lambda: adapted(peft.PrefixTuningConfig(**VIRTUAL)), ("virtual tokens", "PrefixTuningConfig")),
+    "activated LoRA": (lambda: adapted(peft.LoraConfig(**ALORA)), ("alora_invocation_tokens", "plain LoRA")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUITABLE)
+def test_targets_that_cannot_be_exact(name):
+    make, words = UNSUITABLE[name]
+    target = make()
+    drafter = DreamDrafter(DreamConfig(vocab_size=104, hidden_size=32, intermediate_size=64, num_attention_heads=4))
+    ids = torch.tensor([[5, 6, 7]])
+    for arguments in (
+        {"assistant_model": drafter},
+        {"custom_generate": dream_hf.dream_generate, "drafter": drafter},
+        {"custom_generate": dream_hf.dream_chain_generate, "drafter": drafter},
+    ):
+        with refusal(target, *words):
+            target.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments, max_new_tokens=4)
+
+
+def longrope(model_class, config_class) -> Target:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = config_class(
+        **SMALL, rope_parameters=rope, max_position_embeddings=96, original_max_position_embeddings=40, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    return causal(model_class, config)
+
+
+def test_a_text_that_is_read_anew_in_the_middle():
+    """Phi-3 does at `original_max_position_embeddings`; texts that stay on one side of it are exact."""
+    target = longrope(hf.Phi3ForCausalLM, hf.Phi3Config)
+    drafter = DreamDrafter.for_target(target)
+    for length, max_length in ((30, 41), (41, 60)):
+        inputs = {"input_ids": torch.arange(5, 5 + length)[None], "max_length": max_length, "do_sample": False}
+        assert torch.equal(target.generate(**inputs, assistant_model=drafter), target.generate(**inputs))
+    with refusal(target, "beyond 40 tokens", "from 40 to 42", "`max_length` to 41"):
+        target.generate(input_ids=torch.arange(5, 45)[None], assistant_model=drafter, max_length=42)
+
+
+def test_chains_of_transformers_own_loop_change_length_dependent_angles():
+    target = longrope(hf.LlamaForCausalLM, hf.LlamaConfig)
+    drafter = DreamDrafter.for_target(target)
+    with refusal(target, "longrope", "custom_generate=dream_generate"):
+        target.generate(
+            input_ids=torch.tensor([[5, 6]]),
+            custom_generate=dream_hf.dream_chain_generate,
+            drafter=drafter,
+            max_length=9,
+        )
 
 
 # --- drafters ---

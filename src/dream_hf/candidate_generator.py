@@ -28,7 +28,7 @@ from .drafter_state import DrafterState
 from .drafting import grow_tree
 from .levels import TargetHead
 from .modeling_dream import DreamDrafter
-from .requests import check_cache, check_request
+from .requests import check_cache, check_chains, check_length, check_request
 from .targets import DecoderRecord, Target, end_ids
 
 
@@ -66,7 +66,7 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     def __enter__(self) -> DreamCandidateGenerator:
         self._record = self._scopes.enter_context(self.target.recording())
-        if self.drafter.config.needs_attention:
+        if self.drafter.config.needs_attention and self.target.visual_ids:
             self._scopes.enter_context(observe_attention([self.target.last_attention], self._observe))
         return self
 
@@ -121,6 +121,7 @@ class DreamCandidateGenerator(CandidateGenerator):
             logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
             token_ids=self.drafter.draft_token_ids,
             ends=end_ids(self.target.model.generation_config),
+            barred=self.target.unusable_ids(),
         )
         self._wants_attention = False
         self._received: torch.Tensor | None = None  # attention each key received in the prefill, (1, K)
@@ -159,7 +160,10 @@ class DreamCandidateGenerator(CandidateGenerator):
     def _draft(self, input_ids: torch.Tensor) -> torch.LongTensor:
         config = copy.copy(self.drafter.config)
         config.tree_top_k = 1
-        max_depth = None if self.max_length is None else self.max_length - input_ids.shape[1] - 1
+        num_positions = getattr(self.target.text_config, "max_position_embeddings", None)
+        length = input_ids.shape[1]
+        limits = [self.max_length and self.max_length - length - 1, num_positions and num_positions - length]
+        max_depth = min((limit for limit in limits if limit is not None and limit >= 0), default=None)
         chain = grow_tree(self.state, self.head, input_ids[:, -1:], config, max_depth)
         return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=1)  # type: ignore[return-value]
 
@@ -196,6 +200,8 @@ def dream_chain_generate(
     """
     check_request(model, drafter, generation_config)
     check_cache(kwargs.get(CACHE))
+    check_length(model, input_ids.shape[1], generation_config.max_length)
+    check_chains(model)
     for processor in logits_processor:
         if type(processor) in STATEFUL:
             raise ValueError(

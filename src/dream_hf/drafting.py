@@ -6,7 +6,7 @@ B rows, k beams per level, N drafted nodes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -81,7 +81,8 @@ def grow_tree(
     if num_levels < 1:
         return DraftTree.chain(root_tokens)
     with cpu_threads(config.draft_threads):
-        return _best_tree(_expand_levels(state, head, config, num_levels), root_tokens, config)
+        tree = _best_tree(_expand_levels(state, head, config, num_levels), root_tokens, config)
+    return tree if head.barred is None else _without(tree, head.barred)
 
 
 def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, num_levels: int) -> _Candidates:
@@ -125,6 +126,12 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfi
         torch.cat([torch.zeros_like(root_tokens), parents], dim=1),
         num_levels,
     )
+
+
+def _without(tree: DraftTree, barred: torch.Tensor) -> DraftTree:
+    """`tree` with its root's token, a harmless guess, in place of the tokens `barred` (n,)."""
+    is_barred = torch.isin(tree.tokens, barred.to(tree.tokens.device))
+    return replace(tree, tokens=torch.where(is_barred, tree.tokens[:, :1], tree.tokens))
 
 
 @lru_cache(maxsize=64)

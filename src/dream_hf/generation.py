@@ -30,7 +30,7 @@ from .levels import TargetHead
 from .modeling_dream import DreamDrafter
 from .outputs import DreamGenerateOutput, Recorder
 from .pausing import Pausing, Unread
-from .requests import check_cache, check_request, compile_settings
+from .requests import check_cache, check_length, check_request, compile_settings
 from .targets import DecoderRecord, Target, sliding_windows, unwrap
 from .texts import Ends, Stream, Texts
 from .tree import DraftTree
@@ -77,6 +77,7 @@ def dream_generate(
     plain_drafter: Any = drafter if drafter is None else unwrap(drafter)
     check_request(model, plain_drafter, generation_config)
     check_cache(model_kwargs.get(CACHE))
+    check_length(model, input_ids.shape[1], generation_config.max_length)
     target = Target(model)
     with ExitStack() as recording, torch.no_grad():
         record = recording.enter_context(target.recording())
@@ -148,6 +149,7 @@ class _Decoding:
             logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
             token_ids=drafter.draft_token_ids,
             ends=self.ends.eos_token_ids,
+            barred=target.unusable_ids(),
         )
 
     # --- the phases ---
@@ -261,10 +263,21 @@ class _Decoding:
         if self.pausing.is_paused:
             return DraftTree.chain(root)
         room = self.ends.room(self.texts)
-        limits = [self.pausing.max_depth, None if room is None else room - 1]  # the target adds a token
+        limits = [
+            self.pausing.max_depth,
+            None if room is None else room - 1,
+            self._positions_left(),
+        ]  # the target adds a token
         max_depth = min((limit for limit in limits if limit is not None), default=None)
         tree = grow_tree(self.state, self.head, root, self.drafter.config, max_depth)
         return tree.to(self.texts.ids.device)
+
+    def _positions_left(self) -> int | None:
+        """How deep a tree may grow below the longest row while the target knows the positions; past them it is its affair."""
+        if self.last_position is None:
+            return None
+        left = self.last_position - (self.slots.longest - self.prompt_slots)
+        return left if left >= 0 else None
 
     def _read_on(self) -> None:
         """Let the drafter read what was gained since it last did."""
@@ -283,6 +296,10 @@ class _Decoding:
             kwargs["attention_mask"] = torch.nn.functional.pad(self.prompt_mask, (0, num_new), value=1)
         if self.root_positions is not None:
             ahead = (lengths - self.prompt_slots)[:, None] + tree.depths
+            if (
+                self.longest_text is not None
+            ):  # what lies behind the last token that is ever read need not have a place
+                ahead = ahead.clamp(max=self.longest_text - self.prompt_slots - 2)
             kwargs["position_ids"] = self.root_positions + ahead
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
@@ -291,6 +308,8 @@ class _Decoding:
             inputs = model.prepare_inputs_for_generation(
                 tree.tokens, next_sequence_length=num_nodes, is_first_iteration=False, **kwargs
             )
+            if inputs.get("position_ids") is None:
+                inputs["position_ids"] = self.target.own_positions(lengths[:, None] + tree.depths)
             return self.forwards(inputs, num_nodes)
 
     def _append(self, tokens: torch.Tensor, gained: list[list[int]]) -> list[int]:
@@ -322,6 +341,10 @@ class _Decoding:
         kwargs.pop("attention_mask", None)
         positions = kwargs.pop("position_ids", None)
         self.root_positions = None if positions is None else positions[..., -1:] + 1
+        num_positions = getattr(self.target.text_config, "max_position_embeddings", None)
+        self.last_position: int | None = None  # the last one the target was made for, counted from the first root's
+        if positions is not None and num_positions is not None:
+            self.last_position = num_positions - 2 - int(positions[..., -1].max())
         self.prompt_slots = self.slots.longest
         if self.ends.max_length is not None:  # never more slots than the longest text and a tree need
             self.longest_text = self.prompt_slots + self.ends.max_length - self.texts.prompt_length

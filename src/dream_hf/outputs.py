@@ -123,13 +123,13 @@ class Recorder:
         """What `generate()` returns, for `sequences` whose last `num_new` columns are new."""
         if not self.config.return_dict_in_generate:
             return sequences
-        fields = {
+        fields: dict[str, Any] = {
             name: tuple(getattr(self, name)[:num_new]) if getattr(self.config, f"output_{name}") else None
             for name in ("scores", "logits", "hidden_states", "attentions")
         }
+        fields[CACHE] = cache
         return DreamGenerateOutput(
             sequences=sequences,  # type: ignore[arg-type]
-            **{CACHE: cache},
             accepted_lengths=self._table(self.accepted),  # type: ignore[arg-type]
             drafted_lengths=self._table(self.drafted),  # type: ignore[arg-type]
             **fields,

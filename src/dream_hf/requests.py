@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
@@ -18,13 +17,12 @@ from .compiling import Settings, chosen_settings, missing_compiler, uncompilable
 from .configuration_dream import describe_target
 from .draft_vocabulary import check_draft_vocabulary
 from .modeling_dream import DreamDrafter
-from .targets import Target, unwrap
+from .suitability import rereads, unsuitable
+from .targets import Target
 from .tree_masks import check_exchangeable, takes_tree_masks
 
 logger = logging.get_logger(__name__)
 
-# Families whose attention cuts a window by cache slot, outside transformers' mask functions.
-SLOT_BOUND = ("gpt_neo",)
 # Families that build their masks from a 2D one only, and cannot take those prepared for a cache of fixed size where the
 # text model has several kinds of layers (PaliGemma 2).
 MASK_BOUND = ("paligemma",)
@@ -55,26 +53,10 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
 
 def check_target(model: PreTrainedModel, drafter: DreamDrafter) -> None:
     """Refuse a target that trees cannot be verified on, or that the drafter was not made for."""
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"`{type(model).__name__}` is an encoder-decoder model; drafters need a decoder-only target.")
+    reason = unsuitable(model)
+    if reason is not None:
+        raise ValueError(reason)
     text_config = model.config.get_text_config(decoder=True)
-    layer = unsupported_layer(DynamicCache(config=text_config))
-    if layer is not None or model._is_stateful:
-        raise ValueError(
-            f"`{type(model).__name__}` keeps recurrent or convolutional state in some layers ({layer or 'stateful'}), which "
-            "cannot be rolled back to an accepted path. Use a target whose layers are attention only, or generate without "
-            "`assistant_model`."
-        )
-    if (
-        "position_ids" not in signature(unwrap(model).forward).parameters
-        or getattr(text_config, "alibi", False)
-        or text_config.model_type in SLOT_BOUND
-    ):
-        raise ValueError(
-            f"`{type(model).__name__}` places tokens by their slot in the cache (ALiBi, own local attention, or no "
-            "`position_ids`), which is not where the tokens of a draft tree belong. Use another target, or generate without "
-            "`assistant_model`."
-        )
     for name in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(drafter.config, name), getattr(text_config, name)
         if ours != theirs:
@@ -83,6 +65,22 @@ def check_target(model: PreTrainedModel, drafter: DreamDrafter) -> None:
                 "for this target, or make one with `DreamDrafter.for_target(target)`."
             )
     _check_identity(drafter, describe_target(model.config))
+
+
+def check_length(model: PreTrainedModel, prompt_length: int, max_length: int | None) -> None:
+    """Refuse a text, of `prompt_length` up to `max_length` tokens, that plain decoding writes in a way trees cannot."""
+    reason = rereads(model, prompt_length, max_length)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def check_chains(model: PreTrainedModel) -> None:
+    """Refuse a target whose tokens depend on those drafted behind them, in forwards that are not ours."""
+    if Target(model).length_dependent_rotaries:
+        raise ValueError(
+            f"The rotary angles of `{type(model).__name__}` depend on the text's length (`rope_type` dynamic or longrope), "
+            "and in transformers' assisted decoding drafted tokens count. Use `custom_generate=dream_generate`."
+        )
 
 
 def check_cache(cache: Any) -> None:
@@ -108,6 +106,10 @@ def compile_settings(
     reason = missing_compiler(settings, target.model.device) or uncompilable(target.model)
     if target.rescaled_attentions:
         reason = f"`{type(target.model).__name__}` scales queries by cache slot, which needs hooks in a tree"
+    elif target.length_dependent_rotaries:
+        reason = (
+            f"`{type(target.model).__name__}` has rotary angles that depend on the text's length, which needs hooks"
+        )
     elif target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
         reason = (
             f"`{type(target.model).__name__}` cannot take masks that are made beforehand for several kinds of layers"

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,12 +19,16 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import ArgumentRecord, note_arguments
 from .draft_vocabulary import reduced_head
+from .rotary import is_length_dependent, plain_angles
 from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_masks_available
 
 if TYPE_CHECKING:
     from .modeling_dream import DreamDrafter
 
 VISUAL_TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+# Families that drop `position_ids` in decoding and then take a token's cache slot for its position, padding included.
+PLACES_BY_SLOT = ("exaone4_5", "hyperclovax_vision_v2")
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Target:
     def __init__(self, model: PreTrainedModel):
         self.model: Any = unwrap(model)
         self.text_config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
-        self.decoder: Any = _text_decoder(self.model)
+        self.decoder: Any = text_decoder(self.model)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self.lm_head: nn.Module = self.model.get_output_embeddings()
         self.logit_rule = LogitRule()
@@ -91,6 +96,17 @@ class Target:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., H) of text tokens, as they enter the decoder."""
         return self.embedding(token_ids)
+
+    def unusable_ids(self) -> torch.Tensor | None:
+        """Tokens (n,) whose embedding is NaN or infinite, or None: a draft of one would spoil the whole tree.
+
+        A masked key counts nothing, but nothing times NaN is NaN. Embeddings that keep no plain weight are not looked at.
+        """
+        tables = [
+            module for name, module in self.decoder.named_modules() if name.split(".")[-1].startswith("embed_tokens")
+        ]
+        spoilt = [ids for table in {self.embedding, *tables} if (ids := spoilt_rows(table)) is not None]
+        return torch.cat([ids.cpu() for ids in spoilt]) if spoilt else None
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """The target's logits (..., V) for features (..., H) in float32, scaling and soft-capping included."""
@@ -120,9 +136,13 @@ class Target:
 
     def is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
         """True at image and video tokens, same shape as `input_ids`."""
+        return torch.isin(input_ids, torch.tensor(self.visual_ids, dtype=torch.long, device=input_ids.device))
+
+    @property
+    def visual_ids(self) -> list[int]:
+        """Placeholders of images and videos; none in a text-only target."""
         token_ids = [getattr(self.model.config, name, None) for name in VISUAL_TOKEN_IDS]
-        known = torch.tensor([i for i in token_ids if isinstance(i, int)], dtype=torch.long, device=input_ids.device)
-        return torch.isin(input_ids, known)
+        return [token_id for token_id in token_ids if isinstance(token_id, int)]
 
     def mark_answers(self, inputs: dict[str, Any], answer_mask: torch.Tensor) -> dict[str, Any]:
         """`inputs` of a whole conversation such that its answers (B, T) are read as generated text would be.
@@ -133,6 +153,15 @@ class Target:
             return inputs
         started = answer_mask.to(inputs["input_ids"].device).long().cumsum(-1).clamp(max=1)
         return {**inputs, "token_type_ids": started}
+
+    def own_positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """Positions of tokens in cache `slots` (B, N) for a family that ignores the positions it is given."""
+        if self.model.config.model_type not in PLACES_BY_SLOT:
+            raise ValueError(
+                f"`{type(self.model).__name__}` dropped the `position_ids` of a draft tree when preparing its inputs. Use "
+                "another target, or generate without `assistant_model`."
+            )
+        return slots
 
     @property
     def rescaled_attentions(self) -> list[Any]:
@@ -153,6 +182,11 @@ class Target:
             )
         return scaled
 
+    @property
+    def length_dependent_rotaries(self) -> list[nn.Module]:
+        """Rotary embeddings whose angles depend on the text's length (`rope_type="dynamic"`, `"longrope"`)."""
+        return [module for module in self.decoder.modules() if is_length_dependent(module)]
+
     @contextmanager
     def taking_trees(self) -> Iterator[None]:
         """Let the model verify trees while in the block, whatever its attention implementation and family.
@@ -166,7 +200,10 @@ class Target:
             for module in self.rescaled_attentions
         ]
         try:
-            with tree_masks_available(self.decoder, self.text_config, self.noted):
+            with (
+                tree_masks_available(self.decoder, self.text_config, self.noted),
+                plain_angles(self.length_dependent_rotaries),
+            ):
                 yield
         finally:
             for handle in handles:
@@ -265,6 +302,21 @@ def best_logit_rule(rules: list[LogitRule], raw: torch.Tensor, logits: torch.Ten
     return min(rules, key=lambda rule: (rule(raw) - logits).abs().mean().item())
 
 
+_spoilt: WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor | None]] = WeakKeyDictionary()
+
+
+def spoilt_rows(table: nn.Module) -> torch.Tensor | None:
+    """Rows of an embedding that are NaN or infinite, looked for again only after the weight has changed; None if none is."""
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
+        return None
+    version = 0 if weight.is_inference() else weight._version
+    if table not in _spoilt or _spoilt[table][0] != version:
+        rows = weight.detach().sum(-1, dtype=torch.float32).isfinite().logical_not().nonzero().flatten()
+        _spoilt[table] = version, rows if len(rows) else None
+    return _spoilt[table][1]
+
+
 def end_ids(config: Any) -> frozenset[int]:
     """Tokens that end a text, by whatever has an `eos_token_id`: a generation config, a drafter's config, a tokenizer."""
     ends = config.eos_token_id
@@ -276,7 +328,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
 
 
-def _text_decoder(model: Any) -> nn.Module:
+def text_decoder(model: Any) -> nn.Module:
     """The module whose output is the features: `get_decoder()`, without the head some families leave on it."""
     decoder = model.get_decoder()
     if decoder is model.get_output_embeddings():  # ModernBertDecoder calls its head `decoder`
