@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 Messages = list[dict[str, Any]]
+Tools = list[Any] | None
 Span = tuple[int, int]  # first character, one past the last
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -28,13 +29,13 @@ class ChatFormat:
     variables: dict[str, Any]
     is_content_parts: bool = True
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """The text of `messages`."""
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0][0]
+    def render(self, messages: Messages, tools: Tools = None, add_generation_prompt: bool = False) -> str:
+        """The text of `messages`, whose template is told of `tools`."""
+        return self._render(messages, tools=tools, add_generation_prompt=add_generation_prompt)[0][0]
 
-    def answer_spans(self, messages: Messages, text: str) -> list[Span]:
+    def answer_spans(self, messages: Messages, text: str, tools: Tools = None) -> list[Span]:
         """
-        Where the answers are in `text`, the rendering of `messages`: from the template's own generation markers where
+        Where the answers are in `text`, the rendering of `messages` with `tools`: from the template's own generation markers where
         it has them, else by rendering each turn's prefix. The end-of-turn token belongs to the answer; whitespace
         after it, which no target generates, does not.
 
@@ -42,31 +43,31 @@ class ChatFormat:
             ValueError: There are no markers and the template writes a prefix of the conversation differently.
         """
         if GENERATION_MARKER.search(self.template):
-            spans = [tuple(span) for span in self._render(messages, return_assistant_tokens_mask=True)[1][0]]
+            spans = [tuple(span) for span in self._render(messages, tools=tools, return_assistant_tokens_mask=True)[1][0]]
         else:
-            spans = self._prefix_spans(messages, text)
+            spans = self._prefix_spans(messages, text, tools)
         trimmed = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
         return [(start, end) for start, end in trimmed if end > start]
 
-    def _prefix_spans(self, messages: Messages, text: str) -> list[Span]:
+    def _prefix_spans(self, messages: Messages, text: str, tools: Tools) -> list[Span]:
         spans = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            history, through = self.render(messages[:turn]), self.render(messages[: turn + 1])
+            history, through = self.render(messages[:turn], tools), self.render(messages[: turn + 1], tools)
             if not (text.startswith(history) and text.startswith(through)):
                 raise ValueError(
                     f"the chat template writes turn {turn} differently once later turns follow, so its answer cannot "
                     "be located; add {% generation %} markers to the template, or end each row with that turn"
                 )
             # A generation prompt may end in something (an opened thinking block) that a finished turn does not have.
-            prompt = self.render(messages[:turn], add_generation_prompt=True)
+            prompt = self.render(messages[:turn], tools, add_generation_prompt=True)
             spans.append((_shared_length(prompt, text), len(through)))
         return spans
 
     def _render(self, messages: Messages, **options: Any) -> Any:
         if not self.is_content_parts:
-            messages = [{**message, "content": _plain_text(message)} for message in messages]
+            messages = [_with_plain_text(message) for message in messages]
         return render_jinja_template([messages], chat_template=self.template, **options, **self.variables)
 
 
@@ -92,7 +93,8 @@ def find_chat_format(processor: ProcessorMixin | PreTrainedTokenizerBase) -> Cha
             "written as its target reads them. "
             "Set `processor.chat_template`, usually to that of the instruction-tuned target."
         )
-    for is_content_parts in (True, False):
+    # Templates that take both forms write a text-only target's messages (tool results, say) as their strings.
+    for is_content_parts in (False, True) if tokenizer is processor else (True, False):
         chat_format = ChatFormat(template, dict(tokenizer.special_tokens_map), is_content_parts)
         try:
             text = chat_format.render(probe_messages())
@@ -118,5 +120,8 @@ def _shared_length(text: str, other: str) -> int:
     return next((place for place, (one, two) in enumerate(pairs) if one != two), min(len(text), len(other)))
 
 
-def _plain_text(message: dict[str, Any]) -> str:
-    return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+def _with_plain_text(message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with a string for its parts; an answer that only calls tools has none."""
+    if message.get("content") is None:
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in message["content"] if part["type"] == "text")}
