@@ -31,6 +31,7 @@ from .checkpointing import is_full_disk
 from .compression import DrafterText
 from .data.plain import as_python
 from .features import DrafterBatch
+from .journal import write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -123,7 +124,7 @@ class FeatureCache(Dataset[Row]):
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "build.lock"):
             if not self.note.is_file():
-                self.note.write_text(json.dumps(self.fingerprint, indent=2), encoding="utf-8")
+                write_whole(self.note, json.dumps(self.fingerprint, indent=2).encode())
             yield
 
     def _check_note(self) -> None:
