@@ -26,6 +26,7 @@ from .modeling_dream import DreamDrafter
 from .objective import Objective, ObjectiveValue, add_noise, rms
 from .targets import Target, end_ids, unwrap
 from .trainer_setup import (
+    check_best_metric,
     check_models,
     check_vocabulary_request,
     choose_vocabulary,
@@ -57,7 +58,8 @@ class DreamTrainer(WholeCheckpointTrainer):
             it may be quantised or lie on several devices.
         args (`DreamTrainingArguments`): The training arguments.
         train_dataset, eval_dataset: Rows of `messages` and `images`, a file or a Hub id; see [`ConversationDataset`].
-            `eval_dataset` may be a dictionary of several. Answers should be the target's own (`dream-hf regenerate`).
+            `eval_dataset` may be a dictionary of several, whose metrics are then `eval_NAME_tau` and so on;
+            `train_dataset` may be a stream (`load_dataset(..., streaming=True)`) if `max_steps` is set. Answers should be the target's own (`dream-hf regenerate`).
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The target's own, with its chat template.
         peft_config (`PeftConfig`, *optional*): Train adapters of this kind instead of the drafter's own weights.
         kwargs: `callbacks`, `optimizers` and `optimizer_cls_and_kwargs` as for [`~transformers.Trainer`].
@@ -95,6 +97,7 @@ class DreamTrainer(WholeCheckpointTrainer):
             raise ValueError(
                 "`train_dataset` is missing; pass rows with `messages`, and `images` where there are any."
             )
+        check_best_metric(args, eval_dataset)
         args._n_gpu = min(args.n_gpu, 1)  # several devices are several processes: `accelerate launch`
         self.collator = ConversationCollator(processing_class, max_length=args.max_length)
         model = prepare_drafter(model, args, peft_config)
@@ -372,7 +375,8 @@ class DreamTrainer(WholeCheckpointTrainer):
         counts = AcceptanceCounts(drafter.config.tree_depth)
         ends = end_ids(self.target.model.generation_config)
         head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids, ends)
-        loss, num_items = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
+        loss = torch.zeros((), device=self.args.device)
+        num_items = torch.zeros((), dtype=torch.long, device=self.args.device)
         for raw_inputs in dataloader:
             inputs = self._prepare_inputs(raw_inputs)
             answer_mask = inputs.pop("answer_mask")
@@ -391,12 +395,13 @@ class DreamTrainer(WholeCheckpointTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)  # type: ignore[arg-type]
 
     def _gather_metrics(self, counts: AcceptanceCounts, loss: Tensor, num_items: Tensor) -> dict[str, float]:
-        flat = torch.tensor(counts.flat(), dtype=torch.float64, device=loss.device)
-        sums = self.accelerator.reduce(torch.cat([torch.stack([loss, num_items]).double(), flat]), "sum").tolist()
-        if not sums[1]:
+        whole = torch.tensor(counts.flat(), device=loss.device)  # int64: exact, and on devices without float64 too
+        total, num_tokens, *flat = [
+            value for each in (loss, num_items, whole) for value in self.accelerator.reduce(each, "sum").view(-1).tolist()
+        ]
+        if not num_tokens:
             raise ValueError("`eval_dataset` has no answer tokens; rows need an assistant message.")
-        found = AcceptanceCounts.from_flat(counts.depth, [round(value) for value in sums[2:]]).metrics()
-        return {"loss": sums[0] / sums[1], **found}
+        return {"loss": total / num_tokens, **AcceptanceCounts.from_flat(counts.depth, flat).metrics()}
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.target.embed(token_ids.to(self.target.embedding.weight.device))  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -118,6 +118,28 @@ def freeze(target: Any, args: DreamTrainingArguments) -> Any:
     target.eval().requires_grad_(False)
     is_placed = getattr(target, "hf_device_map", None) or getattr(target, "is_quantized", False)
     return target if is_placed else target.to(args.device)
+
+
+def check_best_metric(args: DreamTrainingArguments, eval_dataset: Any) -> None:
+    """With several evaluation sets the metric of the best checkpoint names one of them, as in transformers' Trainer.
+
+    The default, which names none, is dropped where nothing asks for a best checkpoint.
+
+    Raises:
+        ValueError: A best checkpoint is wanted, or a metric is named, and it is of none of the sets.
+    """
+    metric = args.metric_for_best_model
+    if not isinstance(eval_dataset, Mapping) or metric is None:
+        return
+    if any(metric.removeprefix("eval_").startswith(f"{name}_") for name in eval_dataset):
+        return
+    is_wanted = args.load_best_model_at_end or "best" in str(args.save_strategy) or "plateau" in str(args.lr_scheduler_type)
+    if is_wanted or metric != "eval_tau":
+        raise ValueError(
+            f"`metric_for_best_model` ({metric!r}) is of none of the sets in `eval_dataset` ({list(eval_dataset)}); name one, "
+            f"for instance 'eval_{next(iter(eval_dataset))}_tau'."
+        )
+    args.metric_for_best_model = args.greater_is_better = None
 
 
 def make_objective(args: DreamTrainingArguments) -> Objective:
