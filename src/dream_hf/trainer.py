@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .checkpointing import WholeCheckpointTrainer
-from .data import ConversationCollator, ConversationDataset
+from .data import ConversationCollator, ConversationDataset, ConversationStream, is_stream
 from .feature_cache import FeatureCache, collate_rows, to_batch, to_row
 from .features import DrafterBatch, FeatureExtractor, predictions
 from .levels import TargetHead
@@ -28,6 +29,7 @@ from .targets import Target, end_ids, unwrap
 from .trainer_setup import (
     check_best_metric,
     check_models,
+    check_stream,
     check_vocabulary_request,
     choose_vocabulary,
     describe_features,
@@ -131,8 +133,11 @@ class DreamTrainer(WholeCheckpointTrainer):
 
     def _read(self, source: Any, name: str, args: DreamTrainingArguments) -> Any:
         """`source` as a dataset of conversations; a dictionary of sources as a dictionary of datasets."""
-        if source is None or isinstance(source, ConversationDataset):
+        if source is None or isinstance(source, ConversationDataset | ConversationStream):
             return source
+        if name == "train_dataset" and is_stream(source):
+            check_stream(args)
+            return ConversationStream(source, name=name, max_bad_rows=args.max_bad_rows)
         if isinstance(source, Mapping):
             return {key: self._read(value, f"{name}[{key!r}]", args) for key, value in source.items()}
         return ConversationDataset(source, name=name, max_bad_rows=args.max_bad_rows)
@@ -141,9 +146,10 @@ class DreamTrainer(WholeCheckpointTrainer):
         """Refuse data without answers, or of another tokenizer, before anything is trained."""
         if dataset is None:
             return
-        num_rows = min(len(dataset), NUM_PROBED_ROWS)
-        for index in range(num_rows):
-            batch = self.collator([dataset[index]])
+        num_rows = 0
+        for index, item in enumerate(islice(dataset, NUM_PROBED_ROWS)):
+            num_rows = index + 1
+            batch = self.collator([item])
             largest = int(batch["input_ids"].max())
             if largest >= self._config.vocab_size and not self.target.is_visual(batch["input_ids"].max()):
                 raise ValueError(

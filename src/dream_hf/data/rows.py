@@ -77,7 +77,8 @@ def open_rows(source: Any, *, split: str = "train", name: str = "train_dataset")
     if not isinstance(source, Sequence) and not (_has(source, "__len__") and _has(source, "__getitem__")):
         raise TypeError(
             f"`{name}` is a {type(source).__name__}, which cannot be read in any order. Pass a list of rows, a "
-            "`datasets.Dataset` (load it without `streaming=True`), a file or a Hub id."
+            "`datasets.Dataset` (load it without `streaming=True`, or take its first rows: `list(stream.take(500))`), a file "
+            "or a Hub id."
         )
     return RowSource(source)
 
