@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.utils import logging
 
 from .configuration_dream import describe_target
@@ -133,7 +134,8 @@ def check_best_metric(args: DreamTrainingArguments, eval_dataset: Any) -> None:
         return
     if any(metric.removeprefix("eval_").startswith(f"{name}_") for name in eval_dataset):
         return
-    is_wanted = args.load_best_model_at_end or "best" in str(args.save_strategy) or "plateau" in str(args.lr_scheduler_type)
+    follows_metric = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    is_wanted = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or follows_metric
     if is_wanted or metric != "eval_tau":
         raise ValueError(
             f"`metric_for_best_model` ({metric!r}) is of none of the sets in `eval_dataset` ({list(eval_dataset)}); name one, "
