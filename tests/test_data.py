@@ -255,7 +255,10 @@ BAD_ROWS = {
     "not a row": ("hello", "a row must be a dict"),
     "address": ({"messages": [user("?", 1), assistant("A")], "images": ["https://x/y.png"]}, "download it"),
     "number as picture": ({"messages": [user("?", 1), assistant("A")], "images": [3]}, "not int"),
-    "placeholder in the text": ({"messages": [user("an <image> in text"), assistant("A")]}, r"has '<image>', which is no picture"),
+    "placeholder in the text": (
+        {"messages": [user("an <image> in text"), assistant("A")]},
+        r"has '<image>', which is no picture",
+    ),
 }
 
 

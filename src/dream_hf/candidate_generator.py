@@ -184,7 +184,7 @@ def dream_chain_generate(
         stopping_criteria (`StoppingCriteriaList`): As prepared by `generate()`.
         generation_config (`GenerationConfig`): As prepared by `generate()`.
         drafter (`DreamDrafter`): The drafter; `config.tree_depth` is the length of the chain.
-        kwargs: What the target's forward takes, `synced_gpus` and `streamer`.
+        kwargs: What the target's forward takes, and `streamer`.
 
     Returns:
         What `generate()` returns, without what `dream_generate` adds.
@@ -195,6 +195,11 @@ def dream_chain_generate(
     """
     check_request(model, drafter, generation_config)
     check_cache(kwargs.get("past_key_values"))
+    if kwargs.get("synced_gpus"):
+        raise ValueError(
+            "`synced_gpus=True` cannot be combined with `dream_chain_generate`: transformers' assisted decoding goes on with "
+            "texts that have ended. Use `custom_generate=dream_generate`, or set it to False."
+        )
     for processor in logits_processor:
         if type(processor) in STATEFUL:
             raise ValueError(

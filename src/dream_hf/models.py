@@ -95,7 +95,9 @@ def _load_target(
     device_map: Any,
 ) -> tuple[Any, Any]:
     adapter = _read_adapter(source, revision)
-    base, base_revision = (source, revision) if adapter is None else (adapter.base_model_name_or_path, adapter.revision)
+    base, base_revision = (
+        (source, revision) if adapter is None else (adapter.base_model_name_or_path, adapter.revision)
+    )
     config = AutoConfig.from_pretrained(base, revision=base_revision)
     takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     model_class: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM

@@ -403,7 +403,9 @@ class DreamTrainer(WholeCheckpointTrainer):
     def _gather_metrics(self, counts: AcceptanceCounts, loss: Tensor, num_items: Tensor) -> dict[str, float]:
         whole = torch.tensor(counts.flat(), device=loss.device)  # int64: exact, and on devices without float64 too
         total, num_tokens, *flat = [
-            value for each in (loss, num_items, whole) for value in self.accelerator.reduce(each, "sum").view(-1).tolist()
+            value
+            for each in (loss, num_items, whole)
+            for value in self.accelerator.reduce(each, "sum").view(-1).tolist()
         ]
         if not num_tokens:
             raise ValueError("`eval_dataset` has no answer tokens; rows need an assistant message.")

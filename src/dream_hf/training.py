@@ -63,7 +63,9 @@ class ModelDataArguments:
             except json.JSONDecodeError as error:
                 raise ValueError(f"`drafter_config` ({self.drafter_config!r}) is no JSON: {error}") from error
         if not isinstance(self.drafter_config, dict | None):
-            raise ValueError(f'`drafter_config` ({self.drafter_config!r}) must be a mapping, like {{"tree_depth": 8}}.')
+            raise ValueError(
+                f'`drafter_config` ({self.drafter_config!r}) must be a mapping, like {{"tree_depth": 8}}.'
+            )
         check_config_names(self.drafter_config or {})
         if self.drafter_config and self.drafter is not None:
             raise ValueError(

@@ -51,7 +51,9 @@ def read_row(index: int, raw: Any, folder: Path | None, prompt_suffix: str) -> U
     conversation = parse_row(row, folder)
     messages = copy.deepcopy(conversation.messages)
     if any(message.get("tool_calls") for message in messages):
-        raise ValueError("an answer calls tools, and an answer made anew would be text with none of the results it got")
+        raise ValueError(
+            "an answer calls tools, and an answer made anew would be text with none of the results it got"
+        )
     if messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": []})
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]

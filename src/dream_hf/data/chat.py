@@ -43,7 +43,9 @@ class ChatFormat:
             ValueError: There are no markers and the template writes a prefix of the conversation differently.
         """
         if GENERATION_MARKER.search(self.template):
-            spans = [tuple(span) for span in self._render(messages, tools=tools, return_assistant_tokens_mask=True)[1][0]]
+            spans = [
+                tuple(span) for span in self._render(messages, tools=tools, return_assistant_tokens_mask=True)[1][0]
+            ]
         else:
             spans = self._prefix_spans(messages, text, tools)
         trimmed = [(start, start + len(text[start:end].rstrip())) for start, end in spans]

@@ -36,7 +36,9 @@ def to_messages(turns: list[Any], system: Any = None) -> list[dict[str, Any]]:
 def to_message(turn: Any) -> dict[str, Any]:
     """One turn as a message."""
     if not isinstance(turn, Mapping):
-        raise ValueError(f"a turn of `conversations` must be a dict with `from` and `value`, not a {type(turn).__name__}")
+        raise ValueError(
+            f"a turn of `conversations` must be a dict with `from` and `value`, not a {type(turn).__name__}"
+        )
     if is_turn(turn):
         speaker, content = turn["from"], turn["value"]
         rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
