@@ -8,7 +8,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from PIL import Image
 from processors import PROCESSOR_FAMILIES, ProcessorFamily, make_image, make_processor, train_tokenizer
 from torch.utils.data import DataLoader
 

@@ -131,8 +131,8 @@ def test_sharegpt_rows_are_the_same_conversations():
     turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(said)]
     roles = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
     wanted, _ = collate(processor, [expected])
-    for row in ({"conversations": turns}, {"conversations": roles}, {"messages": turns, "id": 3}):
-        row = {"conversations": None, "messages": None} | row | {"images": expected["images"]}
+    for given in ({"conversations": turns}, {"conversations": roles}, {"messages": turns, "id": 3}):
+        row = {"conversations": None, "messages": None} | given | {"images": expected["images"]}
         batch, _ = collate(processor, [row])
         for key, value in wanted.items():
             torch.testing.assert_close(batch[key], value)

@@ -7,7 +7,7 @@ import torch
 from processors import make_image
 from tiny_pair import tiny_drafter, tiny_processor, tiny_target
 
-from dream_hf import dream_chain_generate, dream_generate
+from dream_hf import dream_generate
 
 TREE = {"tree_depth": 4, "tree_top_k": 2, "tree_size": 8}
 OPTIONS = [
@@ -60,15 +60,14 @@ def decode_unevenly(rank):
         torch.distributed.all_reduce(torch.ones(1))  # as the pieces of a layer are gathered
 
     found = []
-    ways = [({"assistant_model": drafter}, batch, o) for drafter in drafters for batch in (1, 3) for o in OPTIONS]
-    for how, batch, options in ways:
+    for drafter, batch, extra in [(d, b, o) for d in drafters for b in (1, 3) for o in OPTIONS]:
         inputs = prompt(rank, batch)
         inputs["pixel_values"] = inputs["pixel_values"].double()
-        options = {"do_sample": False, "max_new_tokens": (6, 31)[rank]} | options
+        options = {"do_sample": False, "max_new_tokens": (6, 31)[rank]} | extra
         plain = target.generate(**inputs, **options)
         forwards.clear()
         hook = target.register_forward_pre_hook(meet)
-        drafted = target.generate(**inputs, **options, **how, synced_gpus=True)
+        drafted = target.generate(**inputs, **options, assistant_model=drafter, synced_gpus=True)
         hook.remove()
         plain, drafted = (getattr(out, "sequences", out) for out in (plain, drafted))
         found.append((len(forwards), options["do_sample"] or torch.equal(plain, drafted)))
@@ -137,12 +136,3 @@ def test_target_in_pieces_is_refused_before_any_forward(way, kind):
     }
     with pytest.raises(ValueError, match=f"spread over processes .{kind}.*Load the target whole"):
         target.generate(**prompt(0, 1), **how[way], max_new_tokens=4)
-
-
-def test_transformers_own_loop_is_refused_when_processes_wait_for_each_other():
-    """It goes on with texts that have ended, each process as it likes."""
-    target = tiny_target()
-    options = {"custom_generate": dream_chain_generate, "drafter": tiny_drafter(target), "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="`synced_gpus=True` cannot be combined with `dream_chain_generate`"):
-        target.generate(**prompt(0, 1), **options, synced_gpus=True)
-    target.generate(**prompt(0, 1), **options, synced_gpus=False)

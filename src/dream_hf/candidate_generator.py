@@ -195,11 +195,6 @@ def dream_chain_generate(
     """
     check_request(model, drafter, generation_config)
     check_cache(kwargs.get("past_key_values"))
-    if kwargs.get("synced_gpus"):
-        raise ValueError(
-            "`synced_gpus=True` cannot be combined with `dream_chain_generate`: transformers' assisted decoding goes on with "
-            "texts that have ended. Use `custom_generate=dream_generate`, or set it to False."
-        )
     for processor in logits_processor:
         if type(processor) in STATEFUL:
             raise ValueError(

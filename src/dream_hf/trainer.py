@@ -60,8 +60,9 @@ class DreamTrainer(WholeCheckpointTrainer):
             it may be quantised or lie on several devices.
         args (`DreamTrainingArguments`): The training arguments.
         train_dataset, eval_dataset: Rows of `messages` and `images`, a file or a Hub id; see [`ConversationDataset`].
-            `eval_dataset` may be a dictionary of several, whose metrics are then `eval_NAME_tau` and so on;
-            `train_dataset` may be a stream (`load_dataset(..., streaming=True)`) if `max_steps` is set. Answers should be the target's own (`dream-hf regenerate`).
+            Answers should be the target's own (`dream-hf regenerate`). `train_dataset` may be a stream
+            (`load_dataset(..., streaming=True)`) if `max_steps` is set; `eval_dataset` may be a dictionary of several, whose
+            metrics are then `eval_NAME_tau` and so on.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The target's own, with its chat template.
         peft_config (`PeftConfig`, *optional*): Train adapters of this kind instead of the drafter's own weights.
         kwargs: `callbacks`, `optimizers` and `optimizer_cls_and_kwargs` as for [`~transformers.Trainer`].

@@ -153,8 +153,8 @@ def check_stream(args: DreamTrainingArguments) -> None:
     for name in ("feature_cache_dir", "draft_vocab_size"):
         if getattr(args, name) is not None:
             raise ValueError(
-                f"`{name}` ({getattr(args, name)!r}) needs all rows of `train_dataset`, which is a stream; leave it out, or load "
-                "the rows without `streaming=True`."
+                f"`{name}` ({getattr(args, name)!r}) needs all rows of `train_dataset`, which is a stream; leave it out, or "
+                "load the rows without `streaming=True`."
             )
     # The alternative, one process that reads and cuts batches for all, would cut pictures' tensors like rows.
     args.accelerator_config.dispatch_batches = False

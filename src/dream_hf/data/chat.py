@@ -35,9 +35,9 @@ class ChatFormat:
 
     def answer_spans(self, messages: Messages, text: str, tools: Tools = None) -> list[Span]:
         """
-        Where the answers are in `text`, the rendering of `messages` with `tools`: from the template's own generation markers where
-        it has them, else by rendering each turn's prefix. The end-of-turn token belongs to the answer; whitespace
-        after it, which no target generates, does not.
+        Where the answers are in `text`, the rendering of `messages` with `tools`: from the template's own generation
+        markers where it has them, else by rendering each turn's prefix. The end-of-turn token belongs to the answer;
+        whitespace after it, which no target generates, does not.
 
         Raises:
             ValueError: There are no markers and the template writes a prefix of the conversation differently.
