@@ -124,7 +124,7 @@ def _answer_share(run: _Run, state: PartialState) -> None:
     """Answer this process's share of the rows that are not there yet."""
     done = run.store.done()
     state.wait_for_everyone()  # nobody adds rows before everybody has seen what there is
-    missing = [index for index in range(run.bad_rows.num_rows) if index not in done]
+    missing = [index for index in range(len(run.bad_rows.seen)) if index not in done]
     mine = missing[state.process_index :: state.num_processes]
     run.progress.reset(total=len(mine))
     for start in range(0, len(mine), window := run.batch_size * BATCHES_PER_WINDOW):

@@ -157,7 +157,8 @@ def check_stream(args: DreamTrainingArguments) -> None:
                 "load the rows without `streaming=True`."
             )
     # The alternative, one process that reads and cuts batches for all, would cut pictures' tensors like rows.
-    args.accelerator_config.dispatch_batches = False
+    config: Any = args.accelerator_config
+    config.dispatch_batches = False
 
 
 def make_objective(args: DreamTrainingArguments) -> Objective:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,17 @@ class ConversationDataset(Dataset[Item]):
     ) -> None:
         self.source = open_rows(source, split=split, name=name)
         self.name = name
-        num_rows = len(self.source.rows)
-        if num_rows == 0:
+        self.num_rows = len(self.source.rows)
+        if self.num_rows == 0:
             raise ValueError(f"`{name}` is empty. It needs at least one row with `messages`.")
-        self.bad_rows = BadRows(num_rows, max_bad_rows, name)
+        self.bad_rows = BadRows(self.num_rows, max_bad_rows, name)
 
     def __len__(self) -> int:
-        return self.bad_rows.num_rows
+        return self.num_rows
 
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
-        return _read(index, lambda: self.source.rows[index], self.source.folder, self.bad_rows)
+        return _read(index, partial(self.source.rows.__getitem__, index), self.source.folder, self.bad_rows)
 
 
 class ConversationStream(IterableDataset[Item]):
@@ -73,7 +74,7 @@ class ConversationStream(IterableDataset[Item]):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for index, row in islice(enumerate(self.source), first, None, step):
-            yield _read(index, lambda row=row: row, None, self.bad_rows)
+            yield _read(index, partial(_same, row), None, self.bad_rows)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew, where the source does."""
@@ -85,6 +86,10 @@ def is_stream(source: Any) -> bool:
     """Whether rows can only be read one after the other, but again and again (a generator is used up by the first look)."""
     has_rows = callable(getattr(source, "__getitem__", None)) and callable(getattr(source, "__len__", None))
     return callable(getattr(source, "__iter__", None)) and not has_rows and not isinstance(source, Iterator | set)
+
+
+def _same(row: Any) -> Any:
+    return row
 
 
 def _read(index: int, get: Callable[[], Any], folder: Path | None, bad_rows: BadRows) -> Item:

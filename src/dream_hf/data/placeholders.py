@@ -18,7 +18,7 @@ def check_placeholders(messages: Messages, processor: ProcessorMixin | PreTraine
     """
     if not isinstance(processor, ProcessorMixin):
         return
-    marks = {PLACEHOLDER, getattr(processor, "image_token", None)} - {None}
+    marks: set[str] = {PLACEHOLDER, getattr(processor, "image_token", None) or PLACEHOLDER}
     for message in messages:
         found = [mark for mark in marks if message["role"] != "assistant" and mark in _text(message)]
         if found:
