@@ -23,11 +23,14 @@ class ChatFormat:
         template (`str`): The Jinja chat template.
         variables (`dict`): The special tokens that templates refer to by name.
         is_content_parts (`bool`): Whether the template takes lists of parts or plain strings.
+        keeps_no_content (`bool`): Whether `apply_chat_template` shows the template a content of `None`, as transformers did
+            before it left such contents out.
     """
 
     template: str
     variables: dict[str, Any]
     is_content_parts: bool = True
+    keeps_no_content: bool = False
 
     def render(self, messages: Messages, tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """The text of `messages`, whose template is told of `tools`."""
@@ -70,6 +73,8 @@ class ChatFormat:
     def _render(self, messages: Messages, **options: Any) -> Any:
         if not self.is_content_parts:
             messages = [_with_plain_text(message) for message in messages]
+        if not self.keeps_no_content:
+            messages = [_without_no_content(message) for message in messages]
         return render_jinja_template([messages], chat_template=self.template, **options, **self.variables)
 
 
@@ -95,9 +100,10 @@ def find_chat_format(processor: ProcessorMixin | PreTrainedTokenizerBase) -> Cha
             "written as its target reads them. "
             "Set `processor.chat_template`, usually to that of the instruction-tuned target."
         )
+    keeps_no_content = _keeps_no_content(tokenizer)
     # Templates that take both forms write a text-only target's messages (tool results, say) as their strings.
     for is_content_parts in (False, True) if tokenizer is processor else (True, False):
-        chat_format = ChatFormat(template, dict(tokenizer.special_tokens_map), is_content_parts)
+        chat_format = ChatFormat(template, dict(tokenizer.special_tokens_map), is_content_parts, keeps_no_content)
         try:
             text = chat_format.render(probe_messages())
         except (TypeError, ValueError, KeyError, AttributeError):
@@ -114,6 +120,17 @@ def probe_messages() -> Messages:
     """The shortest conversation there is."""
     words = (("user", "Ping?"), ("assistant", "Pong!"))
     return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in words]
+
+
+def _keeps_no_content(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this version of transformers shows templates a content of `None`."""
+    template = "{{ 'kept' if 'content' in messages[0] else 'left out' }}"
+    messages = [{"role": "assistant", "content": None}]
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False) == "kept"
+
+
+def _without_no_content(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "content" or value is not None}
 
 
 def _shared_length(text: str, other: str) -> int:

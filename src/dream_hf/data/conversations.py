@@ -92,11 +92,10 @@ def _parse_message(message: Any, inline_images: list[Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"a message must be a dict with `role` and `content`, not {_shown(message)}")
     content = message.get("content")
-    # Tables give every dict the keys of all others, with None in them, which templates take for values;
-    # `apply_chat_template` leaves such a `content` out too.
+    # Tables give every dict the keys of all others, with None in them, which templates take for values.
     rest = {key: value for key, value in message.items() if value is not None and key != "content"}
     if content is None and rest.get("tool_calls"):  # an answer that only calls
-        return rest
+        return {**rest, "content": None} if "content" in message else rest
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
