@@ -1,4 +1,4 @@
-"""Imports point downward only, as the design's layout says, and nothing imports the package's front door."""
+"""Imports point downward only, as CONTRIBUTING's table of layers says, and nothing imports the package's front door."""
 
 from __future__ import annotations
 

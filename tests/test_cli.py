@@ -175,7 +175,7 @@ def test_bench_refuses_in_one_line_before_anything_is_loaded(tmp_path, capsys):
     for name, content, message in (
         ("empty.jsonl", "", "has no usable row among its 0"),
         ("cut.jsonl", '{"messages": [{"role"', "row 0 cannot be used"),
-        ("columns.jsonl", '{"a": 1}', "no column 'messages', only ['a']"),
+        ("columns.jsonl", '{"a": 1}', "the row has ['a']"),
         ("number.jsonl", "3", "row 0 cannot be used"),
         ("cut.json", '[{"messages"', "cannot be read: Expecting"),
     ):

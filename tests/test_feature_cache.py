@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import multiprocessing
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_training_from_disk_is_training_online(tmp_path):
     for one, other in zip(online.state.log_history[:-1], cached.state.log_history[:-1], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
     shards = sorted(path.name for path in (tmp_path / "features").iterdir())
-    assert shards == ["cache.json", *(f"shard-0000{index}.safetensors" for index in range(3))]
+    assert shards == ["build.lock", "cache.json", *(f"shard-0000{index}.safetensors" for index in range(3))]
 
 
 def test_features_are_not_made_twice(tmp_path):
@@ -70,6 +71,46 @@ def test_interrupted_build_goes_on(tmp_path):
     cache = build()
     assert set(made[100 - 13 :]) >= {3, 4, 5, 6, 7} and len(cache) == 8
     assert [row["token_ids"].tolist() for row in cache] == [[index] * (index + 1) for index in range(8)]
+
+
+def build_in_a_process(folder, rank, world_size, barrier, made, fingerprint):
+    torch.set_num_threads(1)
+
+    def make_row(index):
+        with made.get_lock():
+            made.value += 1
+        return {"token_ids": torch.full((3,), index), "predicts": torch.ones(3, dtype=torch.bool)}
+
+    cache = FeatureCache(folder, fingerprint, 300, 1.0)
+    cache.build(make_row, rank, world_size, barrier)
+    assert [int(row["token_ids"][0]) for row in cache] == list(range(300))
+
+
+@pytest.mark.parametrize("is_one_run", [True, False], ids=["four_processes_of_a_run", "four_runs"])
+def test_four_processes_build_at_once(tmp_path, monkeypatch, is_one_run):
+    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 1)
+    fork = multiprocessing.get_context("fork")
+    barrier, made = fork.Barrier(4), fork.Value("i", 0)
+    if is_one_run:
+        places = [(rank, 4, barrier.wait, made, {"data": "x"}) for rank in range(4)]
+    else:
+        places = [(0, 1, lambda: None, made, {"data": "x"}) for _ in range(4)]
+    processes = [fork.Process(target=build_in_a_process, args=(tmp_path / "features", *place)) for place in places]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert made.value <= 300 + 4 * 8  # every row once, and those that are measured
+    assert not list((tmp_path / "features").glob("incomplete-*"))
+
+
+def test_folder_that_another_run_began_meanwhile_is_refused(tmp_path):
+    caches = [FeatureCache(tmp_path / "features", {"data": name}, 1, 1.0) for name in "xy"]
+    row = {"token_ids": torch.arange(3), "predicts": torch.ones(3, dtype=torch.bool)}
+    caches[0].build(lambda index: row, 0, 1, lambda: None)
+    with pytest.raises(ValueError, match="another data"):
+        caches[1].build(lambda index: row, 0, 1, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +159,7 @@ def test_full_disk_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "save_file", full)
     with pytest.raises(OSError, match="no space left for features"):
         train(tmp_path, feature_cache_dir=str(tmp_path / "features"))
-    assert [path.name for path in (tmp_path / "features").iterdir()] == ["cache.json"]
+    assert sorted(path.name for path in (tmp_path / "features").iterdir()) == ["build.lock", "cache.json"]
     assert json.loads((tmp_path / "features" / "cache.json").read_text())["target"]["model_type"] == "llava"
 
 
@@ -156,3 +197,6 @@ def test_fingerprint_sees_pictures_and_files(tmp_path):
     recolored = make_rows(2)
     recolored[1]["images"][0].putpixel((3, 3), (1, 2, 3))
     assert fingerprint_rows(recolored, 2) != fingerprint_rows(make_rows(2), 2)
+    palettes = [{"images": [make_rows(1)[0]["images"][0].convert("P")]} for _ in range(2)]
+    palettes[1]["images"][0].putpalette([0, 0, 255] * 256)
+    assert fingerprint_rows(palettes[:1], 1) != fingerprint_rows(palettes[1:], 1)

@@ -1,4 +1,4 @@
-"""Taking any part of exact verification away is noticed by the check for lossless decoding (design.md, invariant 5)."""
+"""Taking any part of exact verification away is noticed by the check for lossless decoding."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def as_parts(messages):
 
 
 def reference_loss(target, drafter, batch, args, layer):
-    """The objective of method.md, section 4, row by row and position by position, in float64."""
+    """The objective of the paper (section 3.2.1), row by row and position by position, in float64."""
     mask = batch["answer_mask"]
     inputs = {name: value for name, value in batch.items() if name != "answer_mask"}
     inputs["pixel_values"] = inputs["pixel_values"].double()

@@ -36,6 +36,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from trainable import make_drafter, make_target, make_trainer
 from test_trainer_distributed import UNEVEN
+from test_streamed_rows import Stream
 
 target = make_target()
 drafter = make_drafter(target)
@@ -43,7 +44,7 @@ with torch.no_grad():
     for layer in drafter.layers[1:2]:
         layer.cross_attn_attn_gate.fill_(0.5)
         layer.cross_attn_mlp_gate.fill_(0.5)
-trainer = make_trainer({folder!r}, target, drafter, train_dataset=UNEVEN[:4], eval_dataset=UNEVEN, **{options!r})
+trainer = make_trainer({folder!r}, target, drafter, train_dataset={rows}, eval_dataset=UNEVEN, **{options!r})
 assert trainer.accelerator.num_processes == {processes}
 frozen = [value.clone() for value in target.parameters()]
 trainer.train(resume_from_checkpoint=os.environ.get("RESUME"))
@@ -60,12 +61,13 @@ os._exit(0)  # gloo's threads now and then abort an interpreter that is shutting
 """
 
 
-def run(folder, processes, environment=None, **options):
+def run(folder, processes, environment=None, rows="UNEVEN[:4]", **options):
     """Train in `processes` processes; returns the weights, the metrics and the logged losses."""
     folder.mkdir(exist_ok=True)
     script = folder / "run.py"
     tests = str(Path(__file__).parent)
-    script.write_text(RUN.format(tests=tests, folder=str(folder), options=SHARED | options, processes=processes))
+    values = {"tests": tests, "folder": str(folder), "options": SHARED | options, "processes": processes, "rows": rows}
+    script.write_text(RUN.format(**values))
     command = [sys.executable, str(script)]
     if processes > 1:  # what `accelerate launch` runs; its own command offers gloo only with MPI
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -96,6 +98,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path, alone):
     moved = max(float((weight - start[name]).abs().max()) for name, weight in alone[0].items() if "gate" not in name)
     assert moved > 1e-2  # so that an agreement of 1e-6 says something
     assert_same(run(tmp_path / "two", 2, per_device_train_batch_size=2), alone)
+
+
+def test_two_processes_on_a_stream_take_the_steps_of_one(tmp_path, alone):
+    rows = "Stream(UNEVEN[:4])"
+    assert_same(run(tmp_path / "stream", 2, rows=rows, per_device_train_batch_size=2), alone)
 
 
 def test_two_processes_with_accumulation_take_the_steps_of_one(tmp_path, alone):

@@ -1,5 +1,7 @@
 """Training arguments: the paper's defaults, refusals, command line and YAML."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from transformers import HfArgumentParser
@@ -16,10 +18,18 @@ def test_defaults_are_the_paper_s(tmp_path):
     weights = (args.final_feature_loss_weight, args.mid_feature_loss_weight, args.kl_loss_weight)
     assert weights == (0.2, 0.2, 1.0)
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (3e-5, 0.9, 0.95)
-    assert (args.warmup_steps, args.max_grad_norm, args.weight_decay) == (2000, 0.5, 0.0)
+    assert (args.max_grad_norm, args.weight_decay) == (0.5, 0.0)
     assert args.per_device_train_batch_size == 4
     assert (args.feature_noise, args.rollout_steps, args.rollout_decay) == (0.2, 1, 0.8)
     assert (args.metric_for_best_model, args.greater_is_better) == ("eval_tau", True)
+
+
+def test_warm_up_is_a_share_of_any_run_and_the_paper_s_in_its_recipe(tmp_path):
+    args = arguments(tmp_path)
+    assert [args.get_warmup_steps(steps) for steps in (1, 30, 100, 68_000)] == [1, 1, 3, 2040]
+    for name in ("paper", "rollout"):
+        recipe = yaml.safe_load((Path(__file__).parents[1] / f"examples/recipes/{name}.yaml").read_text())
+        assert recipe["warmup_steps"] == 2000
 
 
 REFUSALS = {

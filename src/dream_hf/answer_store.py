@@ -21,6 +21,7 @@ from .data.images import load_image
 from .journal import append, cut_unfinished_line, entries, line_at, write_whole
 
 SETTINGS = "settings.json"
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 class AnswerStore:
@@ -57,12 +58,21 @@ class AnswerStore:
         """Source indices of the rows that are there, whichever process made them."""
         return {row["row"] for piece in self._pieces() for _, row in entries(piece)}
 
-    def add(self, index: int, messages: Sequence[Any], images: Sequence[Any], is_finished: bool) -> None:
+    def add(
+        self,
+        index: int,
+        messages: Sequence[Any],
+        images: Sequence[Any],
+        is_finished: bool,
+        tools: Sequence[Any] | None = None,
+    ) -> None:
         """Append row `index`. `images` are the values its source had, whatever form they were in."""
         names = [self._keep_picture(value) for value in images]
         row = {"messages": list(messages), "images": names, "row": index, "finished": is_finished}
         if not names:
             del row["images"]
+        if tools is not None:
+            row["tools"] = list(tools)
         append(self.piece, row)
 
     def merge(self) -> int:
@@ -114,7 +124,7 @@ class AnswerStore:
             value = value["path"] if value.get("bytes") is None else value["bytes"]
         if isinstance(value, str | Path):
             return Path(os.path.relpath(Path(value).expanduser(), self.output.parent.resolve())).as_posix()
-        content = value if isinstance(value, bytes) else _as_png(value)
+        content = value if isinstance(value, bytes) else _encoded(value)
         with Image.open(io.BytesIO(content)) as image:
             suffix = (image.format or "png").lower()
         file = self.folder / "images" / f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}"
@@ -124,7 +134,8 @@ class AnswerStore:
         return file.relative_to(self.output.parent).as_posix()
 
 
-def _as_png(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    load_image(value).save(buffer, format="PNG")
+def _encoded(value: Any) -> bytes:
+    """A picture in a file of its own colours, pixel by pixel: PNG, or TIFF where PNG does not know them."""
+    buffer, picture = io.BytesIO(), load_image(value)
+    picture.save(buffer, format="PNG" if picture.mode in PNG_MODES else "TIFF")
     return buffer.getvalue()

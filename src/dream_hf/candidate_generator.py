@@ -189,7 +189,7 @@ def dream_chain_generate(
         stopping_criteria (`StoppingCriteriaList`): As prepared by `generate()`.
         generation_config (`GenerationConfig`): As prepared by `generate()`.
         drafter (`DreamDrafter`): The drafter; `config.tree_depth` is the length of the chain.
-        kwargs: What the target's forward takes, `synced_gpus` and `streamer`.
+        kwargs: What the target's forward takes, and `streamer`.
 
     Returns:
         What `generate()` returns, without what `dream_generate` adds.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -210,7 +213,11 @@ class DreamConfig(PreTrainedConfig):
 
         Returns:
             `DreamConfig`: Same width, heads and vocabulary as the target's text decoder, one MLP width.
+
+        Raises:
+            ValueError: An override that is no argument.
         """
+        check_config_names(overrides)
         text = target_config.get_text_config(decoder=True)
         layer = getattr(text, "per_layer_config", [text])[-1]  # some families vary the shape from layer to layer
         num_heads = layer.num_attention_heads
@@ -231,6 +238,15 @@ class DreamConfig(PreTrainedConfig):
             if derived[name] is None:
                 derived[name] = getattr(text, name, None)
         return cls(**{**derived, **overrides})
+
+
+def check_config_names(names: Iterable[str]) -> None:
+    """Refuse `names` that are no arguments of [`DreamConfig`]; a file's may be those of a later version, a user's are slips."""
+    known = {each.name for each in fields(DreamConfig)} | {"dtype", "attn_implementation"}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 1, cutoff=0.0)[0]
+            raise ValueError(f"`{name}` is no argument of `DreamConfig`; is `{near}` meant? See `help(DreamConfig)`.")
 
 
 def describe_target(target_config: PreTrainedConfig) -> dict[str, Any]:

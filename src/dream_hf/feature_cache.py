@@ -2,7 +2,8 @@
 
 A folder of safetensors shards, each holding consecutive rows as the drafter reads them: compressed, in the target's dtype.
 `cache.json` says what they were made from; anything else is refused. A shard gets its name when it is complete, so that an
-interrupted build goes on where it stopped.
+interrupted build goes on where it stopped. The processes of a run share the shards out; of several runs one builds, and the
+others wait for it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +29,9 @@ from transformers.utils import logging
 
 from .checkpointing import is_full_disk
 from .compression import DrafterText
+from .data.plain import as_python
 from .features import DrafterBatch
+from .journal import write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -56,15 +61,8 @@ class FeatureCache(Dataset[Row]):
         self.folder, self.num_rows, self.max_bytes = folder, num_rows, max_gb * 1e9
         self.places: list[tuple[int, int]] = []  # shard and row of every usable row
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        note = folder / "cache.json"
-        if note.is_file():
-            found = json.loads(note.read_text(encoding="utf-8"))
-            differing = [name for name in fingerprint if found.get(name) != self.fingerprint[name]]
-            if differing or found.keys() != fingerprint.keys():
-                raise ValueError(
-                    f"`feature_cache_dir` ({str(folder)!r}) holds features made with another {' and '.join(differing)}. "
-                    "Give another folder, or delete this one."
-                )
+        self.note = folder / "cache.json"
+        self._check_note()
 
     @property
     def num_shards(self) -> int:
@@ -83,17 +81,17 @@ class FeatureCache(Dataset[Row]):
             ValueError: The features would take, or take, more space than allowed.
             OSError: The disk is full; what is there can be gone on with.
         """
-        missing = [shard for shard in range(self.num_shards) if not self._path(shard).is_file()]
-        if missing:
+        if self._missing():
             self._check_size(make_row)
-            if rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "cache.json").write_text(json.dumps(self.fingerprint, indent=2), encoding="utf-8")
-        barrier()
-        for shard in tqdm(missing[rank::world_size], desc="Caching features", disable=rank != 0 or not missing):
-            rows = range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, self.num_rows))
-            self._write(shard, [row for row in map(make_row, rows) if row is not None])
-        barrier()
+        with self._claimed(rank):
+            barrier()
+            self._check_note()
+            missing = self._missing()
+            barrier()  # nobody writes before everybody has seen what there is
+            for shard in tqdm(missing[rank::world_size], desc="Caching features", disable=rank != 0 or not missing):
+                rows = range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, self.num_rows))
+                self._write(shard, [row for row in map(make_row, rows) if row is not None])
+            barrier()
         self.places = [
             (shard, row) for shard in range(self.num_shards) for row in range(_count_rows(self._path(shard)))
         ]
@@ -110,6 +108,48 @@ class FeatureCache(Dataset[Row]):
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def _staging(self, shard: int) -> Path:
+        return self.folder / f"incomplete-{shard:05d}"
+
+    def _missing(self) -> list[int]:
+        return [shard for shard in range(self.num_shards) if not self._path(shard).is_file()]
+
+    @contextmanager
+    def _claimed(self, rank: int) -> Iterator[None]:
+        """While in the block no other run builds here; the first process claims the folder, and says what it will hold."""
+        if rank != 0 or (self.note.is_file() and not self._missing()):
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "build.lock"):
+            if not self.note.is_file():
+                write_whole(self.note, json.dumps(self.fingerprint, indent=2).encode())
+            yield
+
+    def _check_note(self) -> None:
+        """Refuse a folder of features that were made from something else."""
+        if not self.note.is_file():
+            return
+        found = json.loads(self.note.read_text(encoding="utf-8"))
+        differing = [name for name in self.fingerprint if found.get(name) != self.fingerprint[name]]
+        if differing or found.keys() != self.fingerprint.keys():
+            raise ValueError(
+                f"`feature_cache_dir` ({str(self.folder)!r}) holds features made with another {' and '.join(differing)}. "
+                "Give another folder, or delete this one."
+            )
+
+    def _bytes_taken(self) -> int:
+        """Space that shards take by now. Others are renamed meanwhile: one that is no longer incomplete is complete."""
+        taken = 0
+        for shard in range(self.num_shards):
+            for path in (self._staging(shard), self._path(shard)):
+                try:
+                    taken += path.stat().st_size
+                    break
+                except FileNotFoundError:
+                    continue
+        return taken
 
     def _check_size(self, make_row: MakeRow) -> None:
         """Say how much space the features will take, from the first rows; refuse what is too much."""
@@ -128,7 +168,7 @@ class FeatureCache(Dataset[Row]):
 
     def _write(self, shard: int, rows: Sequence[Row]) -> None:
         tensors = {f"{index}.{name}": value for index, row in enumerate(rows) for name, value in row.items()}
-        staging = self.folder / f"incomplete-{shard:05d}"
+        staging = self._staging(shard)
         try:
             save_file(tensors, staging, metadata={"rows": str(len(rows))})
         except Exception as error:
@@ -138,8 +178,7 @@ class FeatureCache(Dataset[Row]):
                     f"There is no space left for features in {str(self.folder)!r}. Free some and start again."
                 ) from error
             raise
-        taken = sum(file.stat().st_size for file in self.folder.iterdir())
-        if taken > self.max_bytes:
+        if self._bytes_taken() > self.max_bytes:
             staging.unlink()
             raise ValueError(
                 f"`feature_cache_max_gb` ({self.max_bytes / 1e9:g}) is used up at shard {shard} of {self.num_shards}. Raise it "
@@ -195,6 +234,7 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 
 def _parts(value: Any) -> Iterator[bytes]:
+    value = as_python(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield repr(key).encode()
@@ -207,6 +247,7 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield value
     elif callable(getattr(value, "tobytes", None)):
         yield f"{getattr(value, 'size', '')} {getattr(value, 'mode', '')}".encode()
+        yield repr(value.getpalette() if getattr(value, "mode", "") == "P" else None).encode()
         yield value.tobytes()
     else:
         yield repr(value).encode()

@@ -63,7 +63,8 @@ def dream_generate(
         stopping_criteria (`StoppingCriteriaList`): As prepared by `generate()`.
         generation_config (`GenerationConfig`): As prepared by `generate()`.
         drafter (`DreamDrafter`): The drafter; a `PeftModel` around one is looked through.
-        synced_gpus (`bool`): Keep running forwards until all processes are done (FSDP, DeepSpeed ZeRO-3).
+        synced_gpus (`bool`): Keep running forwards until all processes are done. `generate()` hands it on with
+            `assistant_model` only. A target whose embedding and head are spread over processes is refused.
         streamer (`BaseStreamer`, *optional*): Gets the tokens as they come.
         model_kwargs: What the target's forward takes.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 
 from .modeling_dream import DreamDrafter
 
@@ -37,7 +38,8 @@ def load_models(
     """Load a target, its processor and, where one is named, its drafter.
 
     Args:
-        target (`str`): Folder or Hub id; `"demo"` for the bundled target.
+        target (`str`): Folder or Hub id; `"demo"` for the bundled target. Of PEFT adapters (what trl saves) the model that
+            they were trained on is loaded, and they are merged into it.
         drafter (`str`, *optional*): Folder or Hub id; `"demo"` for the bundled drafter.
         dtype (`str` or `torch.dtype`): Of both; `"auto"` takes the target's own.
         device (`str`, *optional*): Of both; by default the accelerator where there is one. `"auto"` spreads the target over
@@ -47,7 +49,8 @@ def load_models(
         attn_implementation (`str`, *optional*): The target's attention; transformers' choice by default.
 
     Raises:
-        ValueError: A dtype or device that does not exist, or a drafter that does not fit the target.
+        ValueError: A dtype or device that does not exist, a drafter that does not fit the target, or adapters that cannot be
+            merged.
         OSError: Nothing to load under one of the names.
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
@@ -91,15 +94,51 @@ def _load_target(
     attn_implementation: str | None,
     device_map: Any,
 ) -> tuple[Any, Any]:
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    adapter = _read_adapter(source, revision)
+    base, base_revision = (
+        (source, revision) if adapter is None else (adapter.base_model_name_or_path, adapter.revision)
+    )
+    config = AutoConfig.from_pretrained(base, revision=base_revision)
     takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     model_class: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     processor_class: Any = AutoProcessor if takes_images else AutoTokenizer
-    processor = processor_class.from_pretrained(source, revision=revision)
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "device_map": device_map}
+    processor = processor_class.from_pretrained(base, revision=base_revision)
+    options: dict[str, Any] = {"dtype": dtype, "revision": base_revision, "device_map": device_map}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    return model_class.from_pretrained(source, **options), processor
+    model = model_class.from_pretrained(base, **options)
+    return (model, processor) if adapter is None else _merge(model, processor, str(source), revision)
+
+
+def _read_adapter(source: str | Path, revision: str | None) -> Any:
+    """The config of the PEFT adapters that `source` holds; None where it holds a model of its own."""
+    if (Path(source) / "config.json").is_file() or find_adapter_config_file(str(source), revision=revision) is None:
+        return None
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(source), revision=revision)
+    if config.is_prompt_learning or config.base_model_name_or_path is None:
+        raise ValueError(
+            f"`target` ({str(source)!r}) holds PEFT adapters ({config.peft_type.value}) that cannot be merged into a model: "
+            "only adapters of weights that name their model (LoRA and its kin) can."
+        )
+    return config
+
+
+def _merge(model: Any, processor: Any, source: str, revision: str | None) -> tuple[Any, Any]:
+    """`model` with the adapters of `source` merged into its weights, and the processor that was saved beside them."""
+    from peft import PeftModel
+
+    try:
+        own = type(processor).from_pretrained(source, revision=revision)
+    except (OSError, ValueError, TypeError):  # there is none, or only a part of one
+        own = processor
+    vocab_size = len(getattr(own, "tokenizer", own))
+    if vocab_size > model.get_input_embeddings().num_embeddings:  # tokens were added for the adapters
+        model.resize_token_embeddings(vocab_size)
+    merged: Any = PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
+    merged.config._name_or_path, merged.config._commit_hash = source, None  # another target than its base
+    return merged, own
 
 
 def _demo_folder(name: str) -> Path:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .data.chat import Messages, find_chat_format, tokenizer_of
+from .data.chat import Messages, Tools, find_chat_format, tokenizer_of
+from .data.images import as_processed
+from .data.placeholders import check_placeholders
 
 
 class PromptEncoder:
@@ -32,14 +34,23 @@ class PromptEncoder:
                 "need. Set `tokenizer.pad_token`, for instance to its `eos_token`."
             )
 
-    def text(self, messages: Messages) -> str:
+    def text(self, messages: Messages, tools: Tools = None) -> str:
         """`messages`, parsed (see [`~dream_hf.data.conversations.parse_row`]), as text that an answer follows."""
-        return self.chat_format.render(messages, add_generation_prompt=True)
+        check_placeholders(messages, self.processor)
+        return self.chat_format.render(messages, tools, add_generation_prompt=True)
 
-    def encode(self, conversations: Sequence[tuple[Messages, Sequence[Any]]]) -> BatchFeature:
-        """Prompts and their pictures as one batch, padded on the left. Raises what the processor raises."""
-        texts = [self.text(messages) for messages, _ in conversations]
-        images = [list(pictures) for _, pictures in conversations]
+    def encode(
+        self, conversations: Sequence[tuple[Messages, Sequence[Any]]], tools: Sequence[Tools] | None = None
+    ) -> BatchFeature:
+        """Prompts and their pictures as one batch, padded on the left. Raises what the processor raises.
+
+        Args:
+            conversations (`Sequence[tuple]`): Of each its parsed messages and its pictures.
+            tools (`Sequence`, *optional*): Of each what its template is told of.
+        """
+        told = tools or [None] * len(conversations)
+        texts = [self.text(messages, each) for (messages, _), each in zip(conversations, told, strict=True)]
+        images = [[as_processed(picture, self.processor) for picture in pictures] for _, pictures in conversations]
         bos = self.tokenizer.bos_token
         options: dict[str, Any] = {
             # A template that writes the first token itself must not get a second one.

@@ -124,7 +124,7 @@ def _answer_share(run: _Run, state: PartialState) -> None:
     """Answer this process's share of the rows that are not there yet."""
     done = run.store.done()
     state.wait_for_everyone()  # nobody adds rows before everybody has seen what there is
-    missing = [index for index in range(run.bad_rows.num_rows) if index not in done]
+    missing = [index for index in range(len(run.bad_rows.seen)) if index not in done]
     mine = missing[state.process_index :: state.num_processes]
     run.progress.reset(total=len(mine))
     for start in range(0, len(mine), window := run.batch_size * BATCHES_PER_WINDOW):
@@ -183,7 +183,7 @@ def _answer_window(rows: list[UnansweredRow], run: _Run) -> None:
                 if row.turns:
                     waiting.append(row)
                 else:
-                    run.store.add(row.index, row.messages, row.values, row.is_finished)
+                    run.store.add(row.index, row.messages, row.values, row.is_finished, row.tools)
                     run.progress.update()
         rows = waiting
 
@@ -206,7 +206,7 @@ def _answer_batch(batch: list[UnansweredRow], run: _Run) -> list[UnansweredRow]:
     encoder = run.answerer.encoder
     # Processors and templates report what they cannot take with many exception types.
     try:
-        prompts = encoder.encode([row.prompt() for row in batch])
+        prompts = encoder.encode([row.prompt() for row in batch], [row.tools for row in batch])
     except Exception as error:
         usable = [row for row in batch if _is_usable(row, run)]
         if len(usable) == len(batch):  # each can be processed on its own: the fault is the batch's
@@ -224,7 +224,7 @@ def _answer_batch(batch: list[UnansweredRow], run: _Run) -> list[UnansweredRow]:
 
 def _is_usable(row: UnansweredRow, run: _Run) -> bool:
     try:
-        run.answerer.encoder.encode([row.prompt()])
+        run.answerer.encoder.encode([row.prompt()], [row.tools])
     except Exception as error:
         run.leave_out(row.index, f"{type(error).__name__}: {error}")
         return False
@@ -232,7 +232,7 @@ def _is_usable(row: UnansweredRow, run: _Run) -> bool:
 
 
 def _digest(row: Any) -> str:
-    messages = row.get("messages") if isinstance(row, dict) else row
+    messages = row.get("messages", row.get("conversations")) if isinstance(row, dict) else row
     return hashlib.sha256(json.dumps(messages, default=repr, sort_keys=True).encode()).hexdigest()[:16]
 
 

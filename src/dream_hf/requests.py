@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
+from transformers.integrations import is_fsdp_managed_module
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -18,7 +19,7 @@ from .configuration_dream import describe_target
 from .draft_vocabulary import check_draft_vocabulary
 from .modeling_dream import DreamDrafter
 from .suitability import rereads, unsuitable
-from .targets import Target
+from .targets import Target, unwrap
 from .tree_masks import check_exchangeable, takes_tree_masks
 
 logger = logging.get_logger(__name__)
@@ -45,6 +46,7 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
     check_target(model, drafter)
     target = Target(model)
     check_exchangeable(target.decoder, target.text_config)
+    _check_whole(model)
     _check_strategy(generation_config)
     drafter.config.check_drafting()
     check_draft_vocabulary(drafter.draft_token_ids, drafter.config.draft_vocab_size, drafter.config.vocab_size)
@@ -129,6 +131,38 @@ def compile_settings(
         return settings
     logger.warning_once(f"Decoding runs uncompiled: {reason}.")
     return None
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    """Refuse a target whose embedding or head is spread over processes (FSDP, DeepSpeed ZeRO-3).
+
+    Drafting uses both as often as this process's own texts want, and each use would wait for all other processes.
+    """
+    parts = [unwrap(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [weight for part in parts[1:] for weight in part.parameters(recurse=False)]
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        kind = "DeepSpeed ZeRO-3"
+    elif any(is_fsdp_managed_module(part) for part in parts) or _is_spread_by_fsdp2(model, weights):
+        kind = "FSDP"
+    else:
+        return
+    raise ValueError(
+        f"The target's embedding and head are spread over processes ({kind}), and `assistant_model` needs them whole, at other "
+        "times in each process. Load the target whole in every process, or generate without `assistant_model`."
+    )
+
+
+def _is_spread_by_fsdp2(model: PreTrainedModel, weights: list[torch.Tensor]) -> bool:
+    """Whether one of `weights` is a piece under FSDP2; under tensor parallelism too they are, and there all processes decode
+    the same texts."""
+    if not torch.distributed.is_available() or all(type(weight) is torch.nn.Parameter for weight in weights):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(weight, DTensor) for weight in weights) and any(
+        isinstance(module, FSDPModule) for module in model.modules()
+    )
 
 
 def _check_strategy(generation_config: GenerationConfig) -> None:

@@ -1,4 +1,4 @@
-"""Training the drafter on its own features, step by step as it meets them in decoding (HASS, EAGLE-3; method.md, 4).
+"""Training the drafter on its own features, step by step as it meets them in decoding (HASS, arXiv 2408.15766; EAGLE-3).
 
 Step 0 is one causal pass over the text. In step s every base (a position that predicts an answer token) gets the query
 that a chain drafted below it would have at depth s, its token known from the text: the query sees the verified tokens up to

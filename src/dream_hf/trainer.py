@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .checkpointing import WholeCheckpointTrainer
-from .data import ConversationCollator, ConversationDataset
+from .data import ConversationCollator, ConversationDataset, ConversationStream, is_stream
 from .feature_cache import FeatureCache, collate_rows, to_batch, to_row
 from .features import DrafterBatch, FeatureExtractor, predictions
 from .levels import TargetHead
@@ -26,7 +27,9 @@ from .modeling_dream import DreamDrafter
 from .objective import Objective, ObjectiveValue, add_noise, rms
 from .targets import Target, end_ids, unwrap
 from .trainer_setup import (
+    check_best_metric,
     check_models,
+    check_stream,
     check_vocabulary_request,
     choose_vocabulary,
     describe_features,
@@ -57,7 +60,9 @@ class DreamTrainer(WholeCheckpointTrainer):
             it may be quantised or lie on several devices.
         args (`DreamTrainingArguments`): The training arguments.
         train_dataset, eval_dataset: Rows of `messages` and `images`, a file or a Hub id; see [`ConversationDataset`].
-            `eval_dataset` may be a dictionary of several. Answers should be the target's own (`dream-hf regenerate`).
+            Answers should be the target's own (`dream-hf regenerate`). `train_dataset` may be a stream
+            (`load_dataset(..., streaming=True)`) if `max_steps` is set; `eval_dataset` may be a dictionary of several, whose
+            metrics are then `eval_NAME_tau` and so on.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The target's own, with its chat template.
         peft_config (`PeftConfig`, *optional*): Train adapters of this kind instead of the drafter's own weights.
         kwargs: `callbacks`, `optimizers` and `optimizer_cls_and_kwargs` as for [`~transformers.Trainer`].
@@ -95,6 +100,7 @@ class DreamTrainer(WholeCheckpointTrainer):
             raise ValueError(
                 "`train_dataset` is missing; pass rows with `messages`, and `images` where there are any."
             )
+        check_best_metric(args, eval_dataset)
         args._n_gpu = min(args.n_gpu, 1)  # several devices are several processes: `accelerate launch`
         self.collator = ConversationCollator(processing_class, max_length=args.max_length)
         model = prepare_drafter(model, args, peft_config)
@@ -128,8 +134,11 @@ class DreamTrainer(WholeCheckpointTrainer):
 
     def _read(self, source: Any, name: str, args: DreamTrainingArguments) -> Any:
         """`source` as a dataset of conversations; a dictionary of sources as a dictionary of datasets."""
-        if source is None or isinstance(source, ConversationDataset):
+        if source is None or isinstance(source, ConversationDataset | ConversationStream):
             return source
+        if name == "train_dataset" and is_stream(source):
+            check_stream(args)
+            return ConversationStream(source, name=name, max_bad_rows=args.max_bad_rows)
         if isinstance(source, Mapping):
             return {key: self._read(value, f"{name}[{key!r}]", args) for key, value in source.items()}
         return ConversationDataset(source, name=name, max_bad_rows=args.max_bad_rows)
@@ -138,9 +147,10 @@ class DreamTrainer(WholeCheckpointTrainer):
         """Refuse data without answers, or of another tokenizer, before anything is trained."""
         if dataset is None:
             return
-        num_rows = min(len(dataset), NUM_PROBED_ROWS)
-        for index in range(num_rows):
-            batch = self.collator([dataset[index]])
+        num_rows = 0
+        for index, item in enumerate(islice(dataset, NUM_PROBED_ROWS)):
+            num_rows = index + 1
+            batch = self.collator([item])
             largest = int(batch["input_ids"].max())
             if largest >= self._config.vocab_size and not self.target.is_visual(batch["input_ids"].max()):
                 raise ValueError(
@@ -372,7 +382,8 @@ class DreamTrainer(WholeCheckpointTrainer):
         counts = AcceptanceCounts(drafter.config.tree_depth)
         ends = end_ids(self.target.model.generation_config)
         head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids, ends)
-        loss, num_items = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
+        loss = torch.zeros((), device=self.args.device)
+        num_items = torch.zeros((), dtype=torch.long, device=self.args.device)
         for raw_inputs in dataloader:
             inputs = self._prepare_inputs(raw_inputs)
             answer_mask = inputs.pop("answer_mask")
@@ -391,12 +402,15 @@ class DreamTrainer(WholeCheckpointTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)  # type: ignore[arg-type]
 
     def _gather_metrics(self, counts: AcceptanceCounts, loss: Tensor, num_items: Tensor) -> dict[str, float]:
-        flat = torch.tensor(counts.flat(), dtype=torch.float64, device=loss.device)
-        sums = self.accelerator.reduce(torch.cat([torch.stack([loss, num_items]).double(), flat]), "sum").tolist()
-        if not sums[1]:
+        whole = torch.tensor(counts.flat(), device=loss.device)  # int64: exact, and on devices without float64 too
+        total, num_tokens, *flat = [
+            value
+            for each in (loss, num_items, whole)
+            for value in self.accelerator.reduce(each, "sum").view(-1).tolist()
+        ]
+        if not num_tokens:
             raise ValueError("`eval_dataset` has no answer tokens; rows need an assistant message.")
-        found = AcceptanceCounts.from_flat(counts.depth, [round(value) for value in sums[2:]]).metrics()
-        return {"loss": sums[0] / sums[1], **found}
+        return {"loss": total / num_tokens, **AcceptanceCounts.from_flat(counts.depth, flat).metrics()}
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.target.embed(token_ids.to(self.target.embedding.weight.device))  # type: ignore[arg-type]

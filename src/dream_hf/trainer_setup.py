@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.utils import logging
 
 from .configuration_dream import describe_target
@@ -118,6 +119,46 @@ def freeze(target: Any, args: DreamTrainingArguments) -> Any:
     target.eval().requires_grad_(False)
     is_placed = getattr(target, "hf_device_map", None) or getattr(target, "is_quantized", False)
     return target if is_placed else target.to(args.device)
+
+
+def check_best_metric(args: DreamTrainingArguments, eval_dataset: Any) -> None:
+    """With several evaluation sets the metric of the best checkpoint names one of them, as in transformers' Trainer.
+
+    The default, which names none, is dropped where nothing asks for a best checkpoint.
+
+    Raises:
+        ValueError: A best checkpoint is wanted, or a metric is named, and it is of none of the sets.
+    """
+    metric = args.metric_for_best_model
+    if not isinstance(eval_dataset, Mapping) or metric is None:
+        return
+    if any(metric.removeprefix("eval_").startswith(f"{name}_") for name in eval_dataset):
+        return
+    follows_metric = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    is_wanted = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or follows_metric
+    if is_wanted or metric != "eval_tau":
+        raise ValueError(
+            f"`metric_for_best_model` ({metric!r}) is of none of the sets in `eval_dataset` ({list(eval_dataset)}); name one, "
+            f"for instance 'eval_{next(iter(eval_dataset))}_tau'."
+        )
+    args.metric_for_best_model = args.greater_is_better = None
+
+
+def check_stream(args: DreamTrainingArguments) -> None:
+    """Refuse what needs all rows at once, and let every process take its own rows of a stream.
+
+    Raises:
+        ValueError: An argument that a stream cannot serve.
+    """
+    for name in ("feature_cache_dir", "draft_vocab_size"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"`{name}` ({getattr(args, name)!r}) needs all rows of `train_dataset`, which is a stream; leave it out, or "
+                "load the rows without `streaming=True`."
+            )
+    # The alternative, one process that reads and cuts batches for all, would cut pictures' tensors like rows.
+    config: Any = args.accelerator_config
+    config.dispatch_batches = False
 
 
 def make_objective(args: DreamTrainingArguments) -> Objective:

@@ -17,6 +17,7 @@ import yaml
 from transformers import set_seed
 from transformers.utils import logging
 
+from .configuration_dream import check_config_names
 from .modeling_dream import DreamDrafter
 from .models import load_models
 from .trainer import DreamTrainer
@@ -61,6 +62,11 @@ class ModelDataArguments:
                 self.drafter_config = json.loads(self.drafter_config)
             except json.JSONDecodeError as error:
                 raise ValueError(f"`drafter_config` ({self.drafter_config!r}) is no JSON: {error}") from error
+        if not isinstance(self.drafter_config, dict | None):
+            raise ValueError(
+                f'`drafter_config` ({self.drafter_config!r}) must be a mapping, like {{"tree_depth": 8}}.'
+            )
+        check_config_names(self.drafter_config or {})
         if self.drafter_config and self.drafter is not None:
             raise ValueError(
                 f"`drafter_config` ({self.drafter_config}) shapes a new drafter and `drafter` ({self.drafter!r}) names one "

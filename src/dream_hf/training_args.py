@@ -82,9 +82,9 @@ class DreamTrainingArguments(TrainingArguments):
             Stop after this many evaluations without a better `metric_for_best_model`, and end with the best
             checkpoint.
 
-    Defaults that differ from transformers': `learning_rate` 3e-5, `adam_beta2` 0.95, `warmup_steps` 2000,
-    `max_grad_norm` 0.5, `per_device_train_batch_size` 4 (paper), `metric_for_best_model` `"eval_tau"`,
-    `remove_unused_columns` `False`.
+    Defaults that differ from transformers': `learning_rate` 3e-5, `adam_beta2` 0.95, `max_grad_norm` 0.5,
+    `per_device_train_batch_size` 4 (paper), `warmup_steps` 0.03 (a share of all steps, the paper's 2,000 of 68,000),
+    `metric_for_best_model` `"eval_tau"`, `remove_unused_columns` `False`.
 
     Raises:
         ValueError: A value out of range, or values that contradict each other.
@@ -145,9 +145,11 @@ class DreamTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = _argument(4, "The batch size per device for training.")
     learning_rate: float = _argument(3e-5, "The initial learning rate for AdamW.")
     adam_beta2: float = _argument(0.95, "The second beta of AdamW.")
-    warmup_steps: float = _argument(2000, "Steps of linear warm-up, or a share of all steps when below 1.")
+    warmup_steps: float = _argument(0.03, "Steps of linear warm-up, or a share of all steps when below 1.")
     max_grad_norm: float = _argument(0.5, "Maximum gradient norm; 0 disables clipping.")
-    metric_for_best_model: str | None = _argument("eval_tau", "Metric that says which checkpoint is best.")
+    metric_for_best_model: str | None = _argument(
+        "eval_tau", "Metric that says which checkpoint is best; of several evaluation sets, eval_NAME_tau."
+    )
     greater_is_better: bool | None = _argument(None, "Whether higher is better; by default unless it ends in loss.")
     remove_unused_columns: bool = _argument(False, "Must stay off: a row's `messages` and `images` are not arguments.")
 

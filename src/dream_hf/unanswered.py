@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data.conversations import count_image_parts, parse_row
+from .data.conversations import count_image_parts, parse_row, row_images, with_messages
 
 
 @dataclass
@@ -22,6 +22,7 @@ class UnansweredRow:
         pictures (`list[PIL.Image]`): What the target is shown.
         values (`list`): The same pictures as the source has them: paths, bytes or PIL images.
         turns (`list[int]`): The assistant messages still to be answered.
+        tools (`list`, *optional*): What the template is told of.
         is_finished (`bool`): No answer so far was cut at the length limit.
     """
 
@@ -30,6 +31,7 @@ class UnansweredRow:
     pictures: list[Any]
     values: list[Any]
     turns: list[int]
+    tools: list[Any] | None = None
     is_finished: bool = True
 
     def prompt(self) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -45,8 +47,13 @@ class UnansweredRow:
 
 def read_row(index: int, raw: Any, folder: Path | None, prompt_suffix: str) -> UnansweredRow:
     """Row `index` of a source, with `prompt_suffix` on every question. Raises what [`parse_row`] raises."""
-    conversation = parse_row(raw, folder)
+    row = with_messages(raw)
+    conversation = parse_row(row, folder)
     messages = copy.deepcopy(conversation.messages)
+    if any(message.get("tool_calls") for message in messages):
+        raise ValueError(
+            "an answer calls tools, and an answer made anew would be text with none of the results it got"
+        )
     if messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": []})
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -54,10 +61,10 @@ def read_row(index: int, raw: Any, folder: Path | None, prompt_suffix: str) -> U
         for turn in turns:
             if turn and messages[turn - 1]["role"] == "user":
                 _append_text(messages[turn - 1]["content"], prompt_suffix)
-    values = [_resolved(value, folder) for value in _picture_values(raw)]
+    values = [_resolved(value, folder) for value in row_images(row)]
     if len(values) != len(conversation.images):  # pictures that stand inside the messages
         values = list(conversation.images)
-    return UnansweredRow(index, messages, conversation.images, values, turns)
+    return UnansweredRow(index, messages, conversation.images, values, turns, conversation.tools)
 
 
 def _append_text(parts: list[dict[str, Any]], suffix: str) -> None:
@@ -66,15 +73,6 @@ def _append_text(parts: list[dict[str, Any]], suffix: str) -> None:
         texts[-1]["text"] = f"{texts[-1]['text']} {suffix}"
     else:
         parts.append({"type": "text", "text": suffix})
-
-
-def _picture_values(raw: Any) -> list[Any]:
-    values = raw.get("images")
-    if values is None:
-        values = raw.get("image")
-    if values is None:
-        return []
-    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def _resolved(value: Any, folder: Path | None) -> Any:

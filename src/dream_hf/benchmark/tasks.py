@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.conversations import parse_row
+from ..data.conversations import parse_row, with_messages
 from ..data.rows import FILE_SUFFIXES, RowSource, open_rows
 from ..demo.rows import TASKS as DEMO_TASKS
 from ..demo.rows import TRAIN_SEED_LIMIT, make_rows
@@ -119,7 +119,8 @@ def _take(
 
 
 def _without_last_answer(row: Row) -> Row | None:
-    messages = list(row["messages"])
-    while messages and messages[-1]["role"] != "user":
+    row = with_messages(row)
+    messages = row["messages"]
+    while messages and messages[-1].get("role") != "user":
         messages.pop()
-    return {**row, "messages": messages} if messages else None
+    return row if messages else None

@@ -45,7 +45,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def open_picture(path: str | Path, name: str) -> Any:
-    """A picture of the user's in RGB; `name` is the option it came with."""
+    """A picture of the user's; `name` is the option it came with."""
     from ..data.images import load_image
 
     try:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .alignment import tokens_in_spans
-from .conversations import parse_messages
+from .conversations import parse_text
 from .dataset import ConversationDataset
 from .encoding import ConversationEncoder
 
@@ -40,7 +40,7 @@ def count_answer_tokens(
     for index in range(len(dataset)) if indices is None else indices:
         # Whatever is wrong with a row, or with what a template makes of it, is a reason to go without it.
         try:
-            row = encoder.render(parse_messages(dataset.source.rows[index]), [])
+            row = encoder.render(parse_text(dataset.source.rows[index]))
         except Exception:
             continue
         found = _answer_ids(encoder.tokenizer, row.text, row.answer_spans)

@@ -5,6 +5,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+STREAM_SLOTS = 2**20  # for rows of streams, which share a slot when they are this far apart
+
 
 class BadRows:
     """
@@ -14,14 +16,14 @@ class BadRows:
     in a later epoch counts once.
 
     Args:
-        num_rows (`int`): Rows of the dataset.
+        num_rows (`int`, *optional*): Rows of the dataset; None for a stream, of which no one knows.
         max_bad_rows (`int`): How many of them may be skipped.
         name (`str`): What messages call the dataset.
     """
 
-    def __init__(self, num_rows: int, max_bad_rows: int, name: str) -> None:
+    def __init__(self, num_rows: int | None, max_bad_rows: int, name: str) -> None:
         self.num_rows, self.max_bad_rows, self.name = num_rows, max_bad_rows, name
-        self.seen = torch.zeros(num_rows, dtype=torch.bool).share_memory_()
+        self.seen = torch.zeros(STREAM_SLOTS if num_rows is None else num_rows, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return int(self.seen.sum())
@@ -33,14 +35,16 @@ class BadRows:
         Raises:
             ValueError: More rows than `max_bad_rows` have been skipped, or all there are.
         """
-        if self.seen[index]:
+        slot = index % len(self.seen)
+        if self.seen[slot]:
             return
-        self.seen[index] = True
+        self.seen[slot] = True
         cause = cause.rstrip(".")
         logger.warning(f"Row {index} of `{self.name}` is skipped: {cause}")
+        of_rows = "" if self.num_rows is None else f" of {self.num_rows}"
         if len(self) > self.max_bad_rows:
             raise ValueError(
-                f"{len(self)} of {self.num_rows} rows of `{self.name}` cannot be used, more than `max_bad_rows` "
+                f"{len(self)}{of_rows} rows of `{self.name}` cannot be used, more than `max_bad_rows` "
                 f"({self.max_bad_rows}). The last one is row {index}: {cause}. Repair or remove such rows, or raise "
                 "`max_bad_rows`."
             )

@@ -1,13 +1,12 @@
 """Items of a dataset -> padded batches, whatever is wrong with some of them."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .chat import Messages, probe_messages
-from .conversations import count_image_parts
+from .chat import probe_messages
+from .conversations import Conversation, count_image_parts
 from .dataset import Item
 from .encoding import ConversationEncoder, EncodedRows, RenderedRow
 
@@ -51,7 +50,7 @@ class ConversationCollator:
         """The batch of `items`."""
         encoded = self._encode_usable([row for item in items if (row := self._render(item)) is not None])
         if encoded is None:
-            encoded = self.encoder.encode([self.encoder.render(probe_messages(), [])])
+            encoded = self.encoder.encode([self.encoder.render(Conversation(probe_messages(), []))])
             encoded.answer_mask.zero_()
         return {**encoded.inputs, "answer_mask": encoded.answer_mask}
 
@@ -61,8 +60,7 @@ class ConversationCollator:
             return None
         # Templates raise whatever they like (jinja errors, their own `raise_exception`).
         try:
-            messages, images = item.conversation.messages, item.conversation.images
-            return Candidate(item, self.encoder.render(*_through_answer(messages, images, -1)))
+            return Candidate(item, self.encoder.render(_through_answer(item.conversation, -1)))
         except Exception as error:
             item.bad_rows.report(item.index, f"{type(error).__name__}: {error}")
             return None
@@ -109,7 +107,8 @@ class ConversationCollator:
         if len(row.answer_spans) < 2:
             candidate.report(f"it has {length} tokens and `max_length` ({self.max_length}) falls before its answer")
             return None
-        return Candidate(candidate.item, self.encoder.render(*_through_answer(row.messages, row.images, -2)))
+        shorter = _through_answer(Conversation(row.messages, row.images, row.tools), -2)
+        return Candidate(candidate.item, self.encoder.render(shorter))
 
     def _cut(self, encoded: EncodedRows) -> EncodedRows:
         """Take away tokens beyond `max_length`: with padding on the right, a slice of every per-token tensor."""
@@ -120,10 +119,11 @@ class ConversationCollator:
         return EncodedRows(inputs, encoded.answer_mask[:, kept], encoded.lengths.clamp(max=self.max_length))
 
 
-def _through_answer(messages: Messages, images: list[Any], answer: int) -> tuple[Messages, list[Any]]:
+def _through_answer(conversation: Conversation, answer: int) -> Conversation:
     """The conversation up to and with one of its answers (-1 the last), and the images it then has."""
+    messages = conversation.messages
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ValueError("the row has no answer: no assistant message")
     messages = messages[: turns[answer] + 1]
-    return messages, images[: count_image_parts(messages)]
+    return replace(conversation, messages=messages, images=conversation.images[: count_image_parts(messages)])

@@ -1,9 +1,13 @@
-"""A map-style dataset of conversations, for a `torch.utils.data.DataLoader`."""
+"""Datasets of conversations for a `torch.utils.data.DataLoader`: rows in any order, or a stream of them."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .bad_rows import BadRows
 from .conversations import Conversation, parse_row
@@ -38,20 +42,62 @@ class ConversationDataset(Dataset[Item]):
     ) -> None:
         self.source = open_rows(source, split=split, name=name)
         self.name = name
-        num_rows = len(self.source.rows)
-        if num_rows == 0:
+        self.num_rows = len(self.source.rows)
+        if self.num_rows == 0:
             raise ValueError(f"`{name}` is empty. It needs at least one row with `messages`.")
-        self.bad_rows = BadRows(num_rows, max_bad_rows, name)
+        self.bad_rows = BadRows(self.num_rows, max_bad_rows, name)
 
     def __len__(self) -> int:
-        return self.bad_rows.num_rows
+        return self.num_rows
 
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
-        # Whatever is wrong with a row (broken JSON, a truncated picture, a decoder's own exception types) is a reason
-        # to skip that row, and nothing else.
-        try:
-            return Item(index, parse_row(self.source.rows[index], self.source.folder), self.bad_rows)
-        except Exception as error:
-            self.bad_rows.report(index, f"{type(error).__name__}: {error}")
-            return Item(index, None, self.bad_rows)
+        return _read(index, partial(self.source.rows.__getitem__, index), self.source.folder, self.bad_rows)
+
+
+class ConversationStream(IterableDataset[Item]):
+    """
+    Rows of `messages` and `images` from a stream, in its order; worker processes share them out.
+
+    Args:
+        source (`Iterable`): What yields the rows, from the first one on whenever it is iterated: a
+            `datasets.IterableDataset`, a `torch.utils.data.IterableDataset`.
+        name (`str`): What errors call the stream.
+        max_bad_rows (`int`): How many rows may be skipped because they cannot be used, before it is an error.
+    """
+
+    def __init__(self, source: Any, *, name: str = "train_dataset", max_bad_rows: int = 0) -> None:
+        self.source, self.name = source, name
+        self.bad_rows = BadRows(None, max_bad_rows, name)
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index, row in islice(enumerate(self.source), first, None, step):
+            yield _read(index, partial(_same, row), None, self.bad_rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle anew, where the source does."""
+        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
+            set_epoch(epoch)
+
+
+def is_stream(source: Any) -> bool:
+    """Whether rows can only be read one after the other, but again and again (a generator is used up by the first look)."""
+    has_rows = callable(getattr(source, "__getitem__", None)) and callable(getattr(source, "__len__", None))
+    return callable(getattr(source, "__iter__", None)) and not has_rows and not isinstance(source, Iterator | set)
+
+
+def _same(row: Any) -> Any:
+    return row
+
+
+def _read(index: int, get: Callable[[], Any], folder: Path | None, bad_rows: BadRows) -> Item:
+    """Row `index` of a dataset, or a report on it."""
+    # Whatever is wrong with a row (broken JSON, a truncated picture, a decoder's own exception types) is a reason to
+    # skip that row, and nothing else.
+    try:
+        return Item(index, parse_row(get(), folder), bad_rows)
+    except Exception as error:
+        bad_rows.report(index, f"{type(error).__name__}: {error}")
+        return Item(index, None, bad_rows)

@@ -8,7 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .alignment import check_text_kept, expand_spans, tokens_in_spans
-from .chat import Messages, Span, find_chat_format, tokenizer_of
+from .chat import Messages, Span, Tools, find_chat_format, tokenizer_of
+from .conversations import Conversation
+from .images import as_processed
+from .placeholders import check_placeholders
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class RenderedRow:
 
     messages: Messages
     images: list[Any]
+    tools: Tools
     text: str
     answer_spans: list[Span]
 
@@ -57,13 +61,15 @@ class ConversationEncoder:
                 "`tokenizer.pad_token`, for instance to its `eos_token`."
             )
 
-    def render(self, messages: Messages, images: list[Any]) -> RenderedRow:
-        """Write `messages` and find their answers. Raises a `ValueError` where there are none."""
-        text = self.chat_format.render(messages)
-        spans = self.chat_format.answer_spans(messages, text)
+    def render(self, conversation: Conversation) -> RenderedRow:
+        """Write a conversation and find its answers. Raises a `ValueError` where there are none."""
+        messages, tools = conversation.messages, conversation.tools
+        check_placeholders(messages, self.processor)
+        text = self.chat_format.render(messages, tools)
+        spans = self.chat_format.answer_spans(messages, text, tools)
         if not spans:
             raise ValueError("the row has no answer: its assistant messages are empty")
-        return RenderedRow(messages, images, text, spans)
+        return RenderedRow(messages, conversation.images, tools, text, spans)
 
     def encode(self, rows: list[RenderedRow]) -> EncodedRows:
         """Tokenise `rows` together with their pictures and mark the answers' tokens."""
@@ -78,7 +84,8 @@ class ConversationEncoder:
         return EncodedRows(dict(inputs), torch.stack(masks), inputs["attention_mask"].sum(1))
 
     def _process(self, rows: list[RenderedRow]) -> Any:
-        texts, images = [row.text for row in rows], [row.images for row in rows]
+        texts = [row.text for row in rows]
+        images = [[as_processed(image, self.processor) for image in row.images] for row in rows]
         bos = self.tokenizer.bos_token
         options: dict[str, Any] = {
             # A template that writes the first token itself must not get a second one.

@@ -1,4 +1,4 @@
-"""Pictures in rows: whatever a dataset stores them as -> a PIL image in RGB."""
+"""Pictures in rows: whatever a dataset stores them as -> a PIL image, with the colours as they are."""
 
 import io
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ BROKEN = (ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 def load_image(value: Any, folder: Path | None = None) -> Image.Image:
     """
-    Load one picture of a row and turn it upright.
+    Load one picture of a row. What is decoded here is turned upright, as `datasets` and transformers do; a PIL image stays
+    as it is, as in the target's processor, which is also who makes RGB of transparency, palettes and other colours.
 
     Args:
         value (`PIL.Image.Image`, `str`, `Path`, `bytes` or `dict`):
@@ -25,7 +26,8 @@ def load_image(value: Any, folder: Path | None = None) -> Image.Image:
         OSError: There is no such file, or it is not a picture, broken, or far too large to decode.
     """
     if isinstance(value, Image.Image):
-        return upright(value)
+        value.load()
+        return value
     if isinstance(value, bytes):
         return _decode(io.BytesIO(value))
     if isinstance(value, Mapping):
@@ -40,14 +42,15 @@ def load_image(value: Any, folder: Path | None = None) -> Image.Image:
 def _decode(source: io.BytesIO | Path) -> Image.Image:
     try:
         with Image.open(source) as image:
-            return upright(image)
+            return ImageOps.exif_transpose(image)
     except BROKEN as error:
         raise OSError(f"the picture cannot be decoded: {error}") from error
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Decode `image`, apply its orientation tag and convert it to RGB."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+def as_processed(image: Image.Image, processor: Any) -> Image.Image:
+    """`image` as it can be given to `processor`: in RGB if that does not convert pictures itself, and would fail."""
+    does_convert = getattr(getattr(processor, "image_processor", None), "do_convert_rgb", None)
+    return image if does_convert or image.mode == "RGB" else image.convert("RGB")
 
 
 def _stored_image(value: Mapping[str, Any]) -> bytes | str:

@@ -1,5 +1,6 @@
 """Where rows come from: a list, a `datasets.Dataset`, a JSON Lines, JSON or Parquet file, or a dataset on the Hub."""
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,11 @@ class JsonLines:
         self.path = path
         self.offsets: list[int] = []
         with path.open("rb") as file:
-            offset = 0
+            start = file.read(3)
+            if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError("it is written in UTF-16; save it as UTF-8")
+            offset = len(codecs.BOM_UTF8) if start == codecs.BOM_UTF8 else 0
+            file.seek(offset)
             for line in file:
                 if line.strip():
                     self.offsets.append(offset)
@@ -53,7 +58,7 @@ def open_rows(source: Any, *, split: str = "train", name: str = "train_dataset")
     Make `source` readable row by row.
 
     Args:
-        source (`Sequence[dict]`, `datasets.Dataset`, `str` or `Path`):
+        source (`Sequence[dict]`, `datasets.Dataset`, `pandas.DataFrame`, `str` or `Path`):
             The rows; a file (`.jsonl`, `.json` with a list, `.parquet`) whose image paths are relative to it; or the
             id of a dataset on the Hub.
         split (`str`): The split to take of a dataset on the Hub.
@@ -65,12 +70,15 @@ def open_rows(source: Any, *, split: str = "train", name: str = "train_dataset")
     """
     if isinstance(source, str | Path):
         return _open_path(source, split, name)
+    if callable(to_records := getattr(source, "to_dict", None)) and hasattr(source, "columns"):
+        return RowSource(to_records("records"))  # a pandas DataFrame
     if isinstance(source, Mapping):
         raise TypeError(f"`{name}` holds several splits ({sorted(source)}); pass one of them, as `{name}[{split!r}]`.")
     if not isinstance(source, Sequence) and not (_has(source, "__len__") and _has(source, "__getitem__")):
         raise TypeError(
             f"`{name}` is a {type(source).__name__}, which cannot be read in any order. Pass a list of rows, a "
-            "`datasets.Dataset` (load it without `streaming=True`), a file or a Hub id."
+            "`datasets.Dataset` (load it without `streaming=True`, or take its first rows: `list(stream.take(500))`), a file "
+            "or a Hub id."
         )
     return RowSource(source)
 
@@ -92,7 +100,7 @@ def _open_path(source: str | Path, split: str, name: str) -> RowSource:
             return RowSource(_datasets(name).Dataset.from_parquet(str(path)), path.parent)
         if path.suffix == ".jsonl":
             return RowSource(JsonLines(path), path.parent)
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_bytes())  # of bytes it finds out the encoding, a byte order mark included
     except (ValueError, OSError) as error:  # JSON or Parquet that is broken
         raise ValueError(f"`{name}` ({str(source)!r}) cannot be read: {error}") from error
     if not isinstance(rows, list):
