@@ -125,7 +125,7 @@ def probe_messages() -> Messages:
 def _keeps_no_content(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether this version of transformers shows templates a content of `None`."""
     template = "{{ 'kept' if 'content' in messages[0] else 'left out' }}"
-    messages = [{"role": "assistant", "content": None}]
+    messages: list[Any] = [{"role": "assistant", "content": None}]
     return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False) == "kept"
 
 
