@@ -14,7 +14,9 @@ from dream_hf import DreamDrafter, DreamTrainer, DreamTrainingArguments
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", required=True, help="folder or Hub id of the target")
     parser.add_argument(
         "--train", required=True, help="rows to train on: a .jsonl, .json or .parquet file, or a Hub id"

@@ -102,7 +102,7 @@ def make_methods(
     Args:
         names (`Sequence[str]`): Out of `METHODS`.
         target (`PreTrainedModel`): What decodes.
-        drafter (`DreamDrafter`, *optional*): For the DREAM methods.
+        drafter (`DreamDrafter`, *optional*): For the DREAM methods; a `PeftModel` around one is looked through.
         assistant (`PreTrainedModel`, *optional*): For `"assisted"`, transformers' own assisted generation.
         trees (`Sequence[tuple]`): Further shapes (depth, top_k, size) to run the tree method with.
         keep_ratios (`Sequence[float]`): Further shares of the visual tokens to run the tree method with.
@@ -121,6 +121,7 @@ def make_methods(
         raise ValueError(f"`drafter` is needed for {needs_drafter}: name one, or leave these out.")
     if "assisted" in names and assistant is None:
         raise ValueError("`assistant` is needed for the method 'assisted': name one, or leave it out.")
+    drafter = None if drafter is None else unwrap(drafter)  # type: ignore[assignment]
     methods = [_make(name, target, drafter, assistant) for name in METHODS if name in {*names, "plain"}]
     if drafter is not None:
         methods += [_tree(drafter, f"dream_tree {d}/{k}/{n}", _shape(drafter.config, d, k, n)) for d, k, n in trees]

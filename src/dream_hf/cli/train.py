@@ -75,7 +75,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError("Recipes need PyYAML: `pip install dream-hf[train]`.") from error
+        raise ImportError("Recipes need PyYAML: `pip install pyyaml`.") from error
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
