@@ -3,7 +3,7 @@
     python examples/train.py --target llava-hf/llava-v1.6-vicuna-7b-hf --train answers.jsonl --eval held_out.jsonl
 
 Rows are lines of `{"messages": [...], "images": ["picture.png"]}`, their answers the target's own (`dream-hf regenerate`).
-The same file runs on several devices: accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --target ...
+The same file runs on several devices: accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py ...
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 While rows are made, every process appends to a file of its own in `<output>_files/`; a line is written at once when its
 row is complete, so a kill can only leave an unfinished last line, which is cut off at the next start. When all rows are
-there, the lines are merged into `<output>` in the order of the source. When the source has got longer, they are taken apart again.
+there, the lines are merged into `<output>` in the order of the source. When the source has got
+longer, they become one of the pieces again.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 8, 64  # plain steps
 class Pausing:
     """Whether the next step is drafted, and how deep.
 
-    A tree has no more levels than twice the tokens that the best of the last `WINDOW` drafted steps gained, from the first pause
-    or the first `WINDOW` steps on: a drafter that is sure of itself and wrong costs little, and one that is right is soon
-    trusted with deep trees again.
+    A tree has no more levels than twice the tokens that the best of the last `WINDOW` drafted steps gained, from the first
+    pause or the first `WINDOW` steps on: a drafter that is sure of itself and wrong costs little, and one that is right is
+    soon trusted with deep trees again.
 
     Drafting pauses when the last `WINDOW` drafted steps gained too little on average. At the start, where nothing is known,
     `PROBE` drafted steps are enough to say so. A pause lasts `FIRST_PAUSE` steps; then `PROBE` drafted steps decide whether it

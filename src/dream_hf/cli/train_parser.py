@@ -31,8 +31,9 @@ class TrainParser(HfArgumentParser, Parser):
     """
 
     def __init__(self, description: str, epilog: str) -> None:
+        read: Any = [ModelDataArguments, DreamTrainingArguments]
         super().__init__(
-            [ModelDataArguments, DreamTrainingArguments],  # type: ignore[arg-type]
+            read,
             prog="dream-hf train",
             usage=USAGE,
             description=description,
