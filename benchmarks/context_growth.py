@@ -214,7 +214,9 @@ def memory_table(memory: Figures) -> str:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default=SMALL.name, choices=[SMALL.name, *SHAPES])
     parser.add_argument(
         "--contexts", nargs="+", type=int, default=[500, 1000, 2000, 4000, 8000], help="prompt lengths"

@@ -82,7 +82,9 @@ def measure_shape(
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
                         help=f"targets, out of {', '.join(SHAPES)} (all)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Train a drafter for a vision-language model and see what it gains. Public API only.
+"""Train a drafter for a vision-language or text model and see what it gains. Public API only.
 
     python examples/train.py --target llava-hf/llava-v1.6-vicuna-7b-hf --train answers.jsonl --eval held_out.jsonl
 
@@ -8,13 +8,16 @@ The same file runs on several devices: accelerate launch --config_file examples/
 
 import argparse
 
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from dream_hf import DreamDrafter, DreamTrainer, DreamTrainingArguments
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", required=True, help="folder or Hub id of the target")
     parser.add_argument(
         "--train", required=True, help="rows to train on: a .jsonl, .json or .parquet file, or a Hub id"
@@ -31,8 +34,10 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    target = AutoModelForImageTextToText.from_pretrained(options.target, dtype="auto")
-    processor = AutoProcessor.from_pretrained(options.target)
+    takes_images = AutoConfig.from_pretrained(options.target).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    model_class = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    target = model_class.from_pretrained(options.target, dtype="auto")
+    processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(options.target)
     drafter = DreamDrafter.for_target(target)
     rhythm = "epoch" if options.eval else "no"
     args = DreamTrainingArguments(

@@ -283,9 +283,20 @@ def test_batches(target, drafter, tmp_path):
             assert row[name] == single[name]
     lines = [json.loads(line) for line in (tmp_path / "batched" / "samples.jsonl").open()]
     assert [[len(run["rows"]) for (run,) in line["runs"].values()] for line in lines] == [[2, 2], [1, 1], [2, 2]]
-    blind = make_methods(["plain"], target, drafter, with_blind=True)
-    with pytest.raises(ValueError, match=r"`batch_size` \(2\) must be 1 for \['dream_tree blind'\]"):
-        run(target, blind, tmp_path / "blind", settings)
+
+
+def test_a_blind_drafter_runs_as_fast_a_way_as_any_and_in_batches(target, drafter, tmp_path, monkeypatch):
+    made = []
+    make = drafter_state.lean_drafter
+    monkeypatch.setattr(drafter_state, "lean_drafter", lambda drafter: made.append(make(drafter)) or made[-1])
+    results = run(
+        target,
+        make_methods(["dream_tree"], target, drafter, with_blind=True),
+        tmp_path,
+        Settings((0.0,), 6, 1, batch_size=2),
+    )
+    assert made and all(lean is not None for lean in made)
+    assert not results["failed_methods"] and all(row["match_rate"] == 1.0 for row in results["rows"])
 
 
 def test_every_prompt_goes_through_all_methods_before_the_next(target, drafter, tmp_path, monkeypatch):

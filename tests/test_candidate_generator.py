@@ -7,6 +7,7 @@ import torch
 from distributions import draw, exact_joint, p_value, tiny_llama, tiny_prompt
 from families import FAMILIES, Family, Target, family
 from oracle import make_oracle, make_plan
+from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import dream_hf
@@ -185,6 +186,17 @@ def test_batches_are_sent_to_our_own_loop():
         chain(target, drafter, family("llama").make_inputs(target, 2))
     with DreamCandidateGenerator(target, drafter) as generator, pytest.raises(ValueError, match=r"takes batches"):
         generator.get_candidates(torch.ones(2, 3, dtype=torch.long), {}, None, True, 0)
+
+
+@pytest.mark.parametrize("is_direct", [False, True])
+def test_a_drafter_with_adapters_drafts(is_direct):
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target)
+    adapted = get_peft_model(make_drafter(target), LoraConfig(r=2, target_modules="all-linear"))
+    if is_direct:
+        with DreamCandidateGenerator(target, adapted) as generator:
+            assert generator.drafter is adapted.get_base_model()
+    assert torch.equal(chain(target, adapted, inputs), plain(target, inputs))
 
 
 def test_refusals_are_those_of_generate():

@@ -1,6 +1,9 @@
 """The command line: what each command prints and writes, and how it refuses."""
 
+import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -10,11 +13,15 @@ import yaml
 from command_line import expected_answer, refusal, refusal_in_one_line
 from processors import make_image, train_tokenizer
 from tiny_pair import picture_row, save_pair, tiny_target
+from transformers import TrainingArguments
 
 from dream_hf import DreamDrafter
 from dream_hf.cli import main
 from dream_hf.cli.main import COMMANDS
+from dream_hf.cli.train_parser import TrainParser
 from dream_hf.models import load_models
+from dream_hf.training import ModelDataArguments
+from dream_hf.training_args import DreamTrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,51 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "example:" in text and f"dream-hf {command}" in text
+
+
+def test_help_of_train_shows_ours_first_and_theirs_on_demand(capsys):
+    texts = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", option])
+        assert stop.value.code == 0
+        texts[option] = capsys.readouterr().out
+    short, whole = texts["--help"], texts["--help-all"]
+    options = re.findall(r"^  (--\w+)", short, re.MULTILINE)
+    assert options[:3] == ["--target", "--train_dataset", "--eval_dataset"]
+    ours = [each.name for dtype in (ModelDataArguments, DreamTrainingArguments) for each in dataclasses.fields(dtype)]
+    theirs = {each.name for each in dataclasses.fields(TrainingArguments)}
+    own = [f"--{name}" for name in ours if name not in theirs]
+    assert options[: len(own)] == own
+    assert len(short.splitlines()) < 200 and "--optim_args" not in short and "--help-all" in short
+    everything = re.findall(r"^  (--\w+)", whole, re.MULTILINE)
+    assert sorted(everything) == sorted({f"--{each}" for each in ours if each in make_options()})
+    assert everything[: len(options)] == options
+
+
+def make_options():
+    return TrainParser(description="", epilog="").options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unknown_and_shortened_options_are_refused_in_one_line_with_the_commands_own_help(command, capsys):
+    needed = {
+        "generate": ["--target", "x", "--prompt", "x"], "bench": ["--target", "x"], "convert": ["a", "b"],
+        "push": ["a", "b"], "regenerate": ["--target", "x", "--rows", "x", "--output", "x"],
+        "train": ["--target", "x", "--train_dataset", "x", "--output_dir", "x"],
+    }.get(command, [])  # fmt: skip
+    shortened = {"train": "--train_data", "demo": "--max-new", "push": "--ye", "convert": "--targ"}.get(
+        command, "--devic"
+    )
+    for unknown in (["--banana"], [shortened, "x"], ["--banana=3"]):
+        message = refusal_in_one_line(capsys, command, *needed, *unknown)
+        assert f"unrecognized arguments: {' '.join(unknown)}; `dream-hf {command} --help` shows" in message
+    with pytest.raises(SystemExit):
+        main(["--banana"])
+    assert (
+        capsys.readouterr().err
+        == "dream-hf: error: unrecognized arguments: --banana; `dream-hf --help` shows the options\n"
+    )
 
 
 def test_no_command_prints_the_help(capsys):
@@ -232,6 +284,21 @@ def test_push_without_yes_contacts_nobody(folders, capsys):
     assert "is no folder" in refusal(capsys, "push", "nowhere", "owner/name")
 
 
+@pytest.mark.parametrize("offline", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_push_without_a_connection_says_so_in_one_line(folders, offline):
+    command = [sys.executable, "-m", "dream_hf", "push", str(folders[1]), "owner/name", "--yes"]
+    environment = {**os.environ, "HF_TOKEN": "none", **offline}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(
+        "dream-hf push: error: Could not upload to 'owner/name': the Hub could not be reached."
+    )
+
+
+def test_push_to_a_name_that_is_none(folders, capsys):
+    assert "'a/b/c': it is no Hub id" in refusal_in_one_line(capsys, "push", str(folders[1]), "a/b/c", "--yes")
+
+
 def test_convert_refuses_what_is_none(folders, tmp_path, capsys):
     assert "is a drafter already" in refusal(capsys, "convert", str(folders[1]), str(tmp_path / "out"))
 
@@ -293,9 +360,14 @@ def test_train_adapters(recipe, folders, tmp_path):
 
 
 def test_train_refuses(recipe, tmp_path, capsys):
-    assert "the following arguments are required: --target" in refusal(capsys, "train", "--train_dataset", "x")
+    missing = refusal_in_one_line(capsys, "train", "--train_dataset", "x")
+    assert "the following arguments are required: --target; `dream-hf train --help` shows" in missing
+    assert "invalid int value: 'many'" in refusal_in_one_line(capsys, "train", str(recipe), "--max_steps", "many")
+    assert "unrecognized arguments: second.yaml" in refusal_in_one_line(capsys, "train", str(recipe), "second.yaml")
     recipe.write_text(recipe.read_text() + "lerning_rate: 1\n")
     assert "lerning_rate" in refusal(capsys, "train", str(recipe))
+    recipe.write_text("help: true\n")
+    assert "['help']" in refusal(capsys, "train", str(recipe))
     recipe.write_text("max_steps: many\n")
     assert "`max_steps` ('many')" in refusal(capsys, "train", str(recipe))
     recipe.write_text("- a list\n")

@@ -168,8 +168,8 @@ def test_the_card_shows_picture_answer_times_and_gains():
     assert all(pixels_of(beside, color, 0) for color in answer_card.TINTS[:3])
     assert not pixels_of(beside, answer_card.TINTS[3], 0)
     bars = {color: pixels_of(card, color, answer_card.PICTURE + 60) for color in answer_card.TINTS[:4]}
-    height = {color: len({y for _, y in places}) for color, places in bars.items()}
-    assert height[answer_card.TINTS[2]] - 1 == 3 * (height[answer_card.TINTS[1]] - 1) == 3 * answer_card.GAIN_UNIT
+    width = {color: max(x for x, _ in places) - min(x for x, _ in places) for color, places in bars.items() if places}
+    assert width[answer_card.TINTS[2]] == pytest.approx(3 * width[answer_card.TINTS[1]], rel=0.02)
     assert not bars[answer_card.TINTS[0]] and not bars[answer_card.TINTS[3]]  # the prefill gains no bar
     plain, dream = (
         len({x for x, _ in pixels_of(card.crop((answer_card.LABELS, 0, card.width, card.height)), color, 360)})
@@ -180,7 +180,15 @@ def test_the_card_shows_picture_answer_times_and_gains():
 
 @pytest.mark.parametrize(
     ("pieces", "gains"),
-    [(["x", *["y "] * 300], [1] * 300), (["W" * 400], []), (["a\n\n\tb\n", "\n" * 30 + "c"], [5]), ([""], [])],
+    [
+        (["x", *["y "] * 300], [1] * 300),
+        (["W" * 400], []),
+        (["a\n\n\tb\n", "\n" * 30 + "c"], [5]),
+        ([""], []),
+        (["The", " answer" * 120], [120]),
+        (["The", " answer" * 60, " is" * 20], [60, 20]),
+        (["x", *["y "] * 1500], [1] * 1500),
+    ],
 )
 def test_cards_of_unusual_answers(pieces, gains):
     card = answer_card.draw_card(Image.new("RGB", (3, 500), "blue"), "why " * 100, made_comparison(pieces, gains))
@@ -190,6 +198,18 @@ def test_cards_of_unusual_answers(pieces, gains):
         card.crop((0, card.height - 8, card.width, card.height)),
     ]
     assert all(len(pixels_of(part, paper, 0)) == part.width * part.height for part in margins)  # nothing runs over
+
+
+@pytest.mark.parametrize("gains", [[60], [128, 128], [60, 1, 3], [1, 1]])
+@pytest.mark.parametrize("size", [(200, 200), (500, 60)])
+def test_the_card_grows_with_the_text_and_not_with_what_a_step_gains(gains, size):
+    pieces = ["The", *[" shape"] * len(gains)]
+    card = answer_card.draw_card(Image.new("RGB", size, "blue"), "hello", made_comparison(pieces, gains))
+    picture = answer_card.PICTURE * size[1] // size[0]
+    assert card.height <= max(picture, 120) + 250
+    lines = [card.crop((0, y, card.width, y + 1)).getcolors() for y in range(card.height)]
+    empty = "".join("_" if len(colors) == 1 else "x" for colors in lines)
+    assert max(map(len, empty.split("x"))) <= 2 * answer_card.MARGIN  # nowhere is it blank
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

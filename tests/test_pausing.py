@@ -24,12 +24,13 @@ from lossless import (
 )
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dream_hf import DreamConfig, DreamDrafter, generation, pausing
+from dream_hf import DreamConfig, DreamDrafter, configuration_dream, generation, pausing
 from dream_hf.drafter_state import DrafterState
 from dream_hf.pausing import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, Pausing, Unread
 from dream_hf.tree import DraftTree
 
 TEXT_LEN = 24
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 32}
 ALWAYS = 100.0  # more than any step gains
 
 each_batch = pytest.mark.parametrize("batch", [1, 3])
@@ -59,7 +60,7 @@ def runs(flags: list[bool]) -> list[tuple[bool, int]]:
 
 def test_pauses_grow_while_probes_fail():
     lengths = [FIRST_PAUSE * 2**index for index in range(20)]
-    expected = [(True, WINDOW)]
+    expected = [(True, PROBE)]  # nothing is known at the start
     for length in lengths[:8]:
         expected += [(False, min(length, LONGEST_PAUSE)), (True, PROBE)]
     total = sum(length for _, length in expected)
@@ -79,7 +80,7 @@ def test_what_counts_is_the_mean_of_the_last_drafted_steps():
 
 
 def test_after_a_good_stretch_pauses_start_short_again():
-    bad, good = [1] * (WINDOW + FIRST_PAUSE + PROBE + 2 * FIRST_PAUSE), [4] * WINDOW
+    bad, good = [1] * (PROBE + FIRST_PAUSE + PROBE + 2 * FIRST_PAUSE), [4] * WINDOW
     again = runs(drafted_steps(2.0, bad + good + [1] * 40))
     assert [length for is_drafted, length in again if not is_drafted][:3] == [
         FIRST_PAUSE,
@@ -134,6 +135,27 @@ def test_the_rule_is_a_function_of_the_gains():
 def test_a_threshold_that_is_none(value):
     with pytest.raises(ValueError, match="`pause_below`"):
         DreamConfig(pause_below=value)
+
+
+@pytest.fixture
+def as_released(monkeypatch):
+    """With the value that new drafters start with outside the tests."""
+    monkeypatch.undo()
+    return configuration_dream.NEW_DRAFTERS_PAUSE_BELOW
+
+
+def test_new_drafters_pause_and_saved_ones_keep_their_value(as_released, tmp_path):
+    target = family("llava_clip_llama").make_target()
+    inputs = family("llava_clip_llama").make_inputs(target)
+    drafter = DreamDrafter.for_target(target)
+    assert drafter.config.pause_below == as_released > 1
+    num_drafted = (generate(target, inputs, assistant_model=drafter, max_new_tokens=64).drafted_lengths > 0).sum()
+    assert PROBE <= num_drafted <= 16
+    for value in (0.0, as_released, 2.0):
+        given = DreamDrafter.for_target(target, pause_below=value) if value else DreamDrafter(DreamConfig(**SMALL))
+        given.save_pretrained(tmp_path / str(value))
+        saved = DreamConfig.from_pretrained(tmp_path / str(value))
+        assert saved.pause_below == value
 
 
 def test_the_config_keeps_it(tmp_path):
@@ -318,7 +340,7 @@ def test_an_untrained_drafter_is_hardly_asked():
     assert num_drafted < len(is_drafted) / 8
     # It reads the prompt, after every drafted step that another one follows, and at the end of every pause.
     num_reads = 1 + sum(is_next for is_next in is_drafted[1:])
-    depths = [drafter.config.tree_depth] * WINDOW + [2] * (num_drafted - WINDOW)  # steps that gain one token
+    depths = [drafter.config.tree_depth] * PROBE + [2] * (num_drafted - PROBE)  # steps that gain one token
     assert counts[1] == num_reads + sum(depth - 1 for depth in depths)
     assert counts[1] < counts[0] / 8
 

@@ -14,6 +14,7 @@ from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 
 from dream_hf import journal
+from dream_hf.answer_store import AnswerStore
 from dream_hf.data import ConversationCollator, ConversationDataset, open_rows
 from dream_hf.data.conversations import parse_row
 from dream_hf.prompts import PromptEncoder
@@ -22,6 +23,7 @@ from dream_hf.regenerate import regenerate
 QUESTIONS = ["What is in the image?", "hello world", "How many triangles are green?", "x", "Describe the second image"]
 EOS_BIAS = 2.6  # some answers of at most 12 tokens end by themselves, some do not
 LIMIT = 12
+TEXTS = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,60 @@ def test_other_settings_are_refused(target, tmp_path):
     (tmp_path / "mine.jsonl").write_text("precious")
     with pytest.raises(ValueError, match="exists and was not begun by this command"):
         run(target, rows()[:2], tmp_path / "mine.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["list", "file", "dataset", "max_rows"])
+def test_rows_may_be_added_and_the_others_keep_their_answers(target, tmp_path, monkeypatch, kind):
+    def source(count):
+        if kind == "list":
+            return rows()[:count]
+        if kind == "dataset":
+            return datasets.Dataset.from_list([{"messages": row["messages"]} for row in TEXTS[:count]])
+        (tmp_path / "rows.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in TEXTS[: 5 if kind == "max_rows" else count])
+        )
+        return tmp_path / "rows.jsonl"
+
+    def options(count):
+        return {"max_rows": count} if kind == "max_rows" else {}
+
+    output = tmp_path / "out.jsonl"
+    run(target, source(2), output, **options(2))
+    first = read(output)
+    add, added = AnswerStore.add, []
+    monkeypatch.setattr(AnswerStore, "add", lambda self, index, *row: (added.append(index), add(self, index, *row)))
+    report = run(target, source(5), output, **options(5))
+    assert sorted(added) == [2, 3, 4] and (report.num_rows, report.num_bad) == (5, 0)
+    assert read(output)[:2] == first and [row["row"] for row in read(output)] == [0, 1, 2, 3, 4]
+    run(target, source(5), output, **options(5))
+    assert len(added) == 3
+    with pytest.raises(ValueError, match="`num_rows` 5 and now it is 4"):
+        run(target, source(4), output, **options(4))
+
+
+def test_changed_rows_are_refused_whether_or_not_more_are_added(target, tmp_path):
+    run(target, TEXTS[:3], tmp_path / "out.jsonl")
+    changed = [TEXTS[0], TEXTS[2], *TEXTS[2:]]
+    for source in (changed[:3], changed):
+        with pytest.raises(ValueError, match="other rows among the first 3"):
+            run(target, source, tmp_path / "out.jsonl")
+
+
+def test_a_run_that_was_stopped_goes_on_with_added_rows(target, tmp_path, monkeypatch):
+    add = AnswerStore.add
+    monkeypatch.setattr(
+        AnswerStore, "add", lambda self, index, *row: killed() if index == 1 else add(self, index, *row)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(target, TEXTS[:3], tmp_path / "out.jsonl")
+    monkeypatch.undo()
+    assert run(target, TEXTS, tmp_path / "out.jsonl").num_rows == 5
+    run(target, TEXTS, tmp_path / "at_once.jsonl")
+    assert read(tmp_path / "out.jsonl") == read(tmp_path / "at_once.jsonl")
+
+
+def killed():
+    raise KeyboardInterrupt
 
 
 WORKER = """

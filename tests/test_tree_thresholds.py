@@ -1,5 +1,6 @@
 """Trees that stop growing, and leave nodes out, where the drafter expects little."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from families import family
 
 import dream_hf  # noqa: F401
-from dream_hf import DreamConfig, DreamDrafter
+from dream_hf import DreamConfig, DreamDrafter, drafting
 from dream_hf.drafter_state import DrafterState
 from dream_hf.drafting import grow_tree
 from dream_hf.levels import Level, TargetHead
@@ -53,6 +54,41 @@ def test_unlikely_nodes_are_left_out(grown):
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == full.num_nodes and sizes[-1] == 2  # at least one drafted token remains
     assert len(set(sizes)) > 2
+
+
+def planted(log_probs, top_k=2):
+    """Candidates of levels of these log-probabilities, all rows alike: every node below the first node of its level."""
+    found = drafting._Candidates()
+    for level, scores in enumerate(log_probs):
+        rows = torch.tensor(scores)
+        parents = torch.full((len(rows), 1), 0 if level else -1)
+        found.tokens.append(torch.arange(level * top_k, (level + 1) * top_k).expand(len(rows), -1))
+        found.scores.append(rows)
+        found.parents.append(parents)
+    return found
+
+
+@pytest.mark.parametrize("depth", [2, 20, 128])
+def test_a_threshold_means_the_same_at_every_level(depth):
+    """A chain all of whose nodes are reached with 0.151, and one with 0.149: at any level."""
+    config = DreamConfig(tree_depth=depth, tree_top_k=2, tree_size=depth, tree_min_node_probability=0.15)
+    likely, unlikely = math.log(0.151), math.log(0.149)
+    levels = [[[likely, unlikely]]] * depth
+    tree = drafting._best_tree(planted(levels), torch.zeros(1, 1, dtype=torch.long), config)
+    assert tree.num_nodes == depth + 1 and int(tree.depths.max()) == depth
+    levels = [[[likely, unlikely]]] * (depth - 1) + [[[unlikely, unlikely]]]
+    tree = drafting._best_tree(planted(levels), torch.zeros(1, 1, dtype=torch.long), config)
+    assert tree.num_nodes == depth and int(tree.depths.max()) == depth - 1
+
+
+def test_likely_nodes_go_before_unlikely_ones_and_rows_fill_up():
+    """Of two rows one has two likely nodes, deep down; the other none, and gets its two best."""
+    config = DreamConfig(tree_depth=60, tree_top_k=2, tree_size=59, tree_min_node_probability=0.15)
+    likely, unlikely = math.log(0.1501), math.log(0.1499)
+    levels = [[[likely, unlikely], [unlikely, -9.0]]] * 58 + [[[unlikely, -9.0], [unlikely, -9.0]]]
+    tree = drafting._best_tree(planted(levels), torch.zeros(2, 1, dtype=torch.long), config)
+    assert tree.num_nodes == 59
+    assert int(tree.depths[0].max()) == 58 and int(tree.depths[1].max()) == 58
 
 
 def test_growth_stops_at_unlikely_levels(grown):

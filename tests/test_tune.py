@@ -54,7 +54,7 @@ def trace(positions: Sequence[tuple[float, Sequence[float]]], num_nodes: int = 1
             others = [-2.0 - other for other in range(level + 1)]
             best = sorted([*(score for score in scores[: level + 1] if np.isfinite(score)), *others], reverse=True)
             ranked[at, level, : len(best)] = best
-    return Trace(promise, ranked, path)
+    return Trace(promise, ranked, path, ranked, path)
 
 
 def costs(level: float = 0.1, node: float = 0.0, base: float = 1.0, **kwargs: float) -> StepCosts:

@@ -64,7 +64,7 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--target", type=Path, default=Path("runs/target"), help="exported folder")
     parser.add_argument("--num-rows", type=int, default=100, help="pictures per task and kind")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED_LIMIT, help="1,000,000 or more: held out")

@@ -26,7 +26,7 @@ def export(checkpoint: Path, processor_path: Path, output: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/text.pt"), help="from train_text.py")
     parser.add_argument("--processor", type=Path, default=Path("runs/processor"), help="from train_tokenizer.py")
     parser.add_argument("--output", type=Path, default=Path("runs/target"), help="folder to write")

@@ -128,7 +128,7 @@ def _save(path: Path, namer: PatchNamer, optimizers: list[torch.optim.Optimizer]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--processor", type=Path, default=Path("runs/processor"), help="from train_tokenizer.py")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/encoder.pt"), help="checkpoint; resumed if it exists"

@@ -245,7 +245,7 @@ def _report(training: Training, minutes: float, rank: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--processor", type=Path, default=Path("runs/processor"), help="from train_tokenizer.py")
     parser.add_argument("--encoder", type=Path, default=Path("runs/encoder.pt"), help="from pretrain_encoder.py")
     parser.add_argument("--output", type=Path, default=Path("runs/text.pt"), help="checkpoint; resumed if it exists")

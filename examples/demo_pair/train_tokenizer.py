@@ -78,7 +78,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/processor"), help="folder to write the processor to")
     parser.add_argument("--num-rows", type=int, default=3000, help="rows per task and kind to train on")
     parser.add_argument(

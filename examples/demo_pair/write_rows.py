@@ -25,7 +25,7 @@ def write_rows(output: Path, num_rows: int, seed: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/rows.jsonl"), help="file to write")
     parser.add_argument("--num-rows", type=int, default=3300, help="rows over all tasks")
     parser.add_argument(

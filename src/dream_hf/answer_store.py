@@ -2,7 +2,8 @@
 
 While rows are made, every process appends to a file of its own in `<output>_files/`; a line is written at once when its
 row is complete, so a kill can only leave an unfinished last line, which is cut off at the next start. When all rows are
-there, the lines are merged into `<output>` in the order of the source.
+there, the lines are merged into `<output>` in the order of the source. When the source has got
+longer, they become one of the pieces again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .journal import append, cut_unfinished_line, entries, line_at, write_whole
 
 SETTINGS = "settings.json"
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+MERGED = "rows-merged.jsonl"  # what was complete until the source got longer
 
 
 class AnswerStore:
@@ -31,22 +33,36 @@ class AnswerStore:
     Args:
         output (`Path`): The file to end with, `*.jsonl`.
         settings (`dict`): What the answers depend on; a store with other settings is refused.
-        process_index (`int`): Which of the processes this is.
+        digest (`Callable`): Digest of the first rows of the source, given how many.
+        num_rows (`int`): Rows of the source. A store begun with fewer is opened again, if those have not changed.
+        process_index (`int`): Which of the processes this is; the first one is to be made before the others.
 
     Raises:
-        ValueError: `output` has another suffix, or was begun with other settings.
+        ValueError: `output` has another suffix, or was begun with other settings or other rows.
     """
 
-    def __init__(self, output: str | Path, settings: Mapping[str, Any], process_index: int = 0) -> None:
+    def __init__(
+        self,
+        output: str | Path,
+        settings: Mapping[str, Any],
+        digest: Callable[[int], str],
+        num_rows: int,
+        process_index: int = 0,
+    ) -> None:
         self.output = Path(output).expanduser()
         if self.output.suffix != ".jsonl":
             raise ValueError(f"`output` ({str(output)!r}) must end in .jsonl.")
         self.folder = self.output.with_name(f"{self.output.stem}_files")
         self.piece = self.folder / f"rows-{process_index:05d}.jsonl"
-        self._check_settings(settings)
+        begun = self._begun()
+        self._check_settings(begun, settings)
+        self._check_rows(begun, digest, num_rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         if process_index == 0:
-            write_whole(self.folder / SETTINGS, json.dumps(dict(settings), indent=2).encode())
+            if begun.get("num_rows", num_rows) < num_rows and self.is_complete:
+                os.replace(self.output, self.folder / MERGED)
+            settings = {**settings, "num_rows": num_rows, "rows": digest(num_rows)}
+            write_whole(self.folder / SETTINGS, json.dumps(settings, indent=2).encode())
         cut_unfinished_line(self.piece)
 
     @property
@@ -102,21 +118,36 @@ class AnswerStore:
     def _pieces(self) -> list[Path]:
         return sorted(self.folder.glob("rows-*.jsonl"))
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+    def _begun(self) -> dict[str, Any]:
+        """What an earlier start wrote down; nothing at the first."""
         file = self.folder / SETTINGS
-        if not file.is_file():
-            if self.output.exists():
-                raise ValueError(
-                    f"`output` ({str(self.output)!r}) exists and was not begun by this command; name another."
-                )
-            return
-        begun = json.loads(file.read_text(encoding="utf-8"))
-        for name in sorted(begun.keys() | settings.keys()):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        if self.output.exists():
+            raise ValueError(
+                f"`output` ({str(self.output)!r}) exists and was not begun by this command; name another."
+            )
+        return {}
+
+    def _check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        for name in sorted((begun.keys() | settings.keys()) - {"num_rows", "rows"}) if begun else ():
             if begun.get(name) != settings.get(name):
-                raise ValueError(
-                    f"`output` ({str(self.output)!r}) was begun with `{name}` {begun.get(name)!r} and now it is "
-                    f"{settings.get(name)!r}. Name another `output`, or remove it and {self.folder.name}/."
-                )
+                self._refuse(f"`{name}` {begun.get(name)!r} and now it is {settings.get(name)!r}")
+
+    def _check_rows(self, begun: Mapping[str, Any], digest: Callable[[int], str], num_rows: int) -> None:
+        """Refuse other rows; further ones behind the same are welcome."""
+        before = begun.get("num_rows", num_rows)
+        if before > num_rows:
+            self._refuse(f"`num_rows` {before} and now it is {num_rows}")
+        is_known = "rows" in begun  # earlier versions did not write it down
+        if (is_known and begun["rows"] != digest(before)) or (not is_known and before != num_rows):
+            self._refuse(f"other rows among the first {before}")
+
+    def _refuse(self, difference: str) -> None:
+        raise ValueError(
+            f"`output` ({str(self.output)!r}) was begun with {difference}. Name another `output`, or remove it and "
+            f"{self.folder.name}/."
+        )
 
     def _keep_picture(self, value: Any) -> str:
         """Path of the picture relative to `output`: a file stays where it is, anything else becomes one."""

@@ -29,7 +29,7 @@ from .drafting import grow_tree
 from .levels import TargetHead
 from .modeling_dream import DreamDrafter
 from .requests import check_cache, check_chains, check_length, check_request
-from .targets import DecoderRecord, Target, end_ids
+from .targets import DecoderRecord, Target, end_ids, unwrap
 
 
 class DreamCandidateGenerator(CandidateGenerator):
@@ -48,7 +48,8 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     Args:
         target (`PreTrainedModel`): The model that verifies.
-        drafter (`DreamDrafter`): The drafter. `config.tree_depth` is the length of the chain.
+        drafter (`DreamDrafter`): The drafter; a `PeftModel` around one is looked through. `config.tree_depth` is the length
+            of the chain.
         generation_config (`GenerationConfig`, *optional*): Its `max_length` keeps chains within the limit.
     """
 
@@ -58,7 +59,8 @@ class DreamCandidateGenerator(CandidateGenerator):
     def __init__(
         self, target: PreTrainedModel, drafter: DreamDrafter, generation_config: GenerationConfig | None = None
     ):
-        self.target, self.drafter = Target(target), drafter
+        plain_drafter: Any = unwrap(drafter)
+        self.target, self.drafter = Target(target), plain_drafter
         self.max_length = None if generation_config is None else generation_config.max_length
         self._scopes = ExitStack()
         self._record: DecoderRecord | None = None
@@ -188,7 +190,8 @@ def dream_chain_generate(
         logits_processor (`LogitsProcessorList`): As prepared by `generate()`.
         stopping_criteria (`StoppingCriteriaList`): As prepared by `generate()`.
         generation_config (`GenerationConfig`): As prepared by `generate()`.
-        drafter (`DreamDrafter`): The drafter; `config.tree_depth` is the length of the chain.
+        drafter (`DreamDrafter`): The drafter; a `PeftModel` around one is looked through. `config.tree_depth` is the length of
+            the chain.
         kwargs: What the target's forward takes, and `streamer`.
 
     Returns:
@@ -198,7 +201,8 @@ def dream_chain_generate(
         TypeError: `drafter` is not a `DreamDrafter`.
         ValueError: A combination that cannot be served; the message names the argument and the remedy.
     """
-    check_request(model, drafter, generation_config)
+    plain_drafter: Any = drafter if drafter is None else unwrap(drafter)
+    check_request(model, plain_drafter, generation_config)
     check_cache(kwargs.get(CACHE))
     check_length(model, input_ids.shape[1], generation_config.max_length)
     check_chains(model)
@@ -208,9 +212,8 @@ def dream_chain_generate(
                 f"`{type(processor).__name__}` remembers every token it is asked about, and transformers' assisted decoding "
                 "asks about rejected ones too. Use `custom_generate=dream_generate`, which does not."
             )
-    assert drafter is not None  # for the type checker: `check_request` has refused None
     model_class: Any = type(model)
-    with DreamCandidateGenerator(model, drafter, generation_config) as generator:
+    with DreamCandidateGenerator(model, plain_drafter, generation_config) as generator:
         return model_class._assisted_decoding(
             _WithGenerator(model, generator),
             input_ids,

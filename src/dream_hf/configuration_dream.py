@@ -14,6 +14,8 @@ from transformers.configuration_utils import PreTrainedConfig
 BLOCK_TYPES = ("initial", "cross", "final")
 MAX_PARAMETERS = 20_000_000_000
 MAX_BLOCKS = 64
+# About what a step with a tree of the default shape costs, in plain steps. An untrained drafter gains 1.0 to 1.5 tokens.
+NEW_DRAFTERS_PAUSE_BELOW = 1.5
 VISUAL_IMPORTANCE = ("attention", "novelty")
 
 
@@ -54,7 +56,8 @@ class DreamConfig(PreTrainedConfig):
         pause_below (`float`): Stop drafting for a while where the last few drafted steps gained fewer tokens than this
             on average, bonus included: set it to what a drafted step costs, in steps of plain decoding. Trees are then also
             no deeper than twice what the best of these steps gained. With 0 every step drafts a full tree; anything up to 1
-            never pauses, for every step gains a token. The output stays exact.
+            never pauses, for every step gains a token. The output stays exact. New drafters
+            ([`DreamDrafter.for_target`]) start with 1.5, so that one that knows nothing yet costs little; a saved value stays.
         visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3).
         visual_importance (`str`): Which visual tokens are kept: `"attention"` ranks them by the attention they receive from
             the prompt in the target's last layer (paper), `"novelty"` by how unlike those before them their features are,
@@ -232,6 +235,7 @@ class DreamConfig(PreTrainedConfig):
             "max_position_embeddings": getattr(text, "max_position_embeddings", cls.max_position_embeddings),
             "rope_parameters": _plain_rope_parameters(text),
             "target": describe_target(target_config),
+            "pause_below": NEW_DRAFTERS_PAUSE_BELOW,
         }
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             derived[name] = getattr(target_config, name, None)

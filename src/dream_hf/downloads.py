@@ -15,11 +15,14 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # type: ignore[attr-defined]  # the HTTP client's own base class, whichever client the Hub library uses
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     XetDownloadError,
 )
 
+# Whatever the Hub library and its HTTP client raise.
+HUB_ERRORS = (OSError, HFValidationError, HTTPError, XetDownloadError)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -52,13 +55,28 @@ def fetch_file(source: str | os.PathLike, name: str, is_optional: bool = False, 
         raise OSError(explain_failure(source, name, error, hub.get("revision"))) from error
     except EntryNotFoundError:
         return None
-    except (OSError, HFValidationError, HTTPError, XetDownloadError) as error:
+    except HUB_ERRORS as error:
         raise OSError(explain_failure(source, name, error, hub.get("revision"))) from error
 
 
 def explain_failure(source: str, name: str, error: BaseException, revision: str | None = None) -> str:
     """What failed, for which repo, and what to do about it."""
     return f"Could not get {name!r} of {source!r}: {_remedy(source, error, revision)} ({_first_line(error)})"
+
+
+def explain_upload(repo_id: str, error: BaseException) -> str:
+    """Why a repo could not be written to, and what to do about it."""
+    chain = list(_causes(error))
+    statuses = {cause.response.status_code for cause in chain if isinstance(cause, HfHubHTTPError)}
+    if any(isinstance(cause, HFValidationError) for cause in chain):
+        remedy = "it is no Hub id of the form 'owner/name'. Check the spelling."
+    elif statuses & {401, 403, 404} or any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
+        remedy = "the Hub refused. Log in with `hf auth login` or pass `token=`; the token has to be one that may write there."
+    elif statuses:
+        remedy = "the Hub refused."
+    else:
+        remedy = "the Hub could not be reached. Check the connection and `HF_HUB_OFFLINE`, then run it again."
+    return f"Could not upload to {repo_id!r}: {remedy} ({_first_line(error)})"
 
 
 def _remedy(source: str, error: BaseException, revision: str | None) -> str:

@@ -107,13 +107,15 @@ def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, n
 def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
     """Keep the `tree_size` best candidates, in the order they were found, so that parents come first."""
     num_nodes, num_levels = config.tree_size, len(found.tokens)
-    scores = torch.cat(found.scores, dim=1)
-    scores = scores - _level_prices(tuple(level.shape[1] for level in found.scores), scores.device)
-    best = scores.topk(min(num_nodes, scores.shape[1]), dim=-1)
+    log_probs = torch.cat(found.scores, dim=1)
+    scores = log_probs - _level_prices(tuple(level.shape[1] for level in found.scores), log_probs.device)
     if config.tree_min_node_probability:
-        is_likely = best.values >= math.log(config.tree_min_node_probability)
-        num_nodes = max(int(is_likely.sum(-1).max()), 1)
-    chosen = best.indices[:, :num_nodes].sort(dim=-1).values
+        is_likely = log_probs >= math.log(config.tree_min_node_probability)
+        scores = torch.where(
+            is_likely, scores, scores - LEVEL_PRICE * num_levels
+        )  # whatever the levels: behind the likely
+        num_nodes = min(max(int(is_likely.sum(-1).max()), 1), num_nodes)
+    chosen = scores.topk(min(num_nodes, scores.shape[1]), dim=-1).indices.sort(dim=-1).values
     tokens = torch.cat(found.tokens, dim=1).gather(1, chosen)
     parents = found.parent_of_each().gather(1, chosen)
 

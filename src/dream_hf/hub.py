@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .downloads import HUB_ERRORS, explain_upload
 from .loading import check_shapes, load_config, open_checkpoint
 from .modeling_dream import DreamDrafter
 from .publishing import collect_files, commit_files, create_repo
@@ -62,6 +65,7 @@ def push_drafter(
 
     Raises:
         ValueError: The folder does not hold a drafter that `DreamDrafter.from_pretrained` would load.
+        OSError: The Hub refused or could not be reached; the Hub library's own error is the cause.
     """
     if not os.path.isdir(folder):
         raise ValueError(
@@ -70,7 +74,8 @@ def push_drafter(
     checkpoint = open_checkpoint(folder)
     check_shapes(folder, checkpoint.shapes, DreamDrafter.expected_shapes(load_config(folder)))
     if not dry_run:
-        repo_id = create_repo(repo_id, private=private, token=token)
+        with _explained(repo_id):
+            repo_id = create_repo(repo_id, private=private, token=token)
     files = collect_files(folder, repo_id)
     report = PushReport(
         repo_id,
@@ -79,8 +84,18 @@ def push_drafter(
     )
     if dry_run:
         return report
-    url = commit_files(repo_id, files, commit_message=commit_message, token=token, create_pr=create_pr)
+    with _explained(repo_id):
+        url = commit_files(repo_id, files, commit_message=commit_message, token=token, create_pr=create_pr)
     return PushReport(report.repo_id, report.files, report.left_out, url)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Let what the Hub library raises say what to do."""
+    try:
+        yield
+    except HUB_ERRORS as error:
+        raise OSError(explain_upload(repo_id, error)) from error
 
 
 def _is_left_out(path: Path, files: dict) -> bool:

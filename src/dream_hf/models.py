@@ -52,6 +52,7 @@ def load_models(
         ValueError: A dtype or device that does not exist, a drafter that does not fit the target, or adapters that cannot be
             merged.
         OSError: Nothing to load under one of the names.
+        ImportError: The target's processor needs a package that is not installed.
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
     source = _demo_folder("target") if target == DEMO else target
@@ -101,8 +102,7 @@ def _load_target(
     config = AutoConfig.from_pretrained(base, revision=base_revision)
     takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     model_class: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
-    processor_class: Any = AutoProcessor if takes_images else AutoTokenizer
-    processor = processor_class.from_pretrained(base, revision=base_revision)
+    processor = _load_processor(AutoProcessor if takes_images else AutoTokenizer, base, base_revision)
     options: dict[str, Any] = {"dtype": dtype, "revision": base_revision, "device_map": device_map}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -139,6 +139,18 @@ def _merge(model: Any, processor: Any, source: str, revision: str | None) -> tup
     merged: Any = PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
     merged.config._name_or_path, merged.config._commit_hash = source, None  # another target than its base
     return merged, own
+
+
+def _load_processor(processor_class: Any, source: str | Path, revision: str | None) -> Any:
+    try:
+        return processor_class.from_pretrained(source, revision=revision)
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise ImportError(
+            f"The processor of `target` ({str(source)!r}) needs torchvision, which is not installed. It is the extra "
+            '`vision` of dream-hf: `pip install ".[vision]"` in a clone, or `pip install torchvision`.'
+        ) from error
 
 
 def _demo_folder(name: str) -> Path:

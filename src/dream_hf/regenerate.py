@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def regenerate(
     """Write `rows` with every answer replaced by the target's own.
 
     Turns are answered in order, each after the answers already regenerated; a row that ends with a user message gets an
-    answer behind it. A stopped run goes on where it was when it is started again. Under `accelerate launch` the rows
+    answer behind it. A stopped run goes on where it was when it is started again, and a complete one where the rows have become
+    more: those there were keep their answers. Under `accelerate launch` the rows
     are shared out over the processes, whose number may change between starts.
 
     Args:
@@ -104,11 +106,11 @@ def regenerate(
         "temperature": temperature,
         "prompt_suffix": prompt_suffix,
         "seed": seed,
-        "num_rows": num_rows,
         "first_row": _digest(source.rows[0]),
     }
     state = PartialState(cpu=target.device.type == "cpu")
-    store = AnswerStore(output, settings, state.process_index)
+    with state.main_process_first():
+        store = AnswerStore(output, settings, partial(_digest_of, source.rows), num_rows, state.process_index)
     if store.is_complete:
         in_file, num_unfinished = store.counts()
         return RegenerationReport(store.output, in_file, num_unfinished, num_rows - in_file)
@@ -234,6 +236,19 @@ def _is_usable(row: UnansweredRow, run: _Run) -> bool:
 def _digest(row: Any) -> str:
     messages = row.get("messages", row.get("conversations")) if isinstance(row, dict) else row
     return hashlib.sha256(json.dumps(messages, default=repr, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest_of(rows: Any, count: int) -> str:
+    """Digest of the conversations of the first `count` rows."""
+    if hasattr(rows, "select_columns"):  # a `datasets.Dataset`, whose pictures need not be read for that
+        rows = rows.select_columns([name for name in rows.column_names if name in ("messages", "conversations")])
+    whole = hashlib.sha256()
+    for index in range(count):
+        try:
+            whole.update(_digest(rows[index]).encode())
+        except ValueError:  # broken JSON: a row that is left out
+            whole.update(b"unreadable")
+    return whole.hexdigest()[:16]
 
 
 def _check(batch_size: int, max_new_tokens: int, max_rows: int | None, temperature: float) -> None:

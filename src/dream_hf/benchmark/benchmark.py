@@ -59,9 +59,6 @@ def run_benchmark(
     """
     settings, output = settings or Settings(), Path(output).expanduser()
     keys = _keys(prompts)
-    blind = [method.name for method in methods if method.is_blind]
-    if blind and settings.batch_size > 1:
-        raise ValueError(f"`batch_size` ({settings.batch_size}) must be 1 for {blind}; leave these out, or batches.")
     drafter, assistant = _models_of(methods)
     provenance = describe_run(target, drafter, assistant, date)
     identity = {name: provenance[name] for name in ("machine", "target", "drafter", "assistant", "versions")}

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import CompileConfig
 
+from .. import generation
 from ..configuration_dream import DreamConfig
 from ..modeling_dream import DreamDrafter
-from ..targets import VISUAL_TOKEN_IDS, Target, unwrap
+from ..targets import VISUAL_TOKEN_IDS, unwrap
 
 COMPILED_METHODS = ("plain_compiled", "dream_tree_compiled")
 METHODS = ("plain", "plain_static", "prompt_lookup", "assisted", "dream_chain", "dream_tree", *COMPILED_METHODS)
@@ -48,9 +49,8 @@ class Method:
         before = {name: getattr(config, name) for name in self.drafting}
         for name, value in self.drafting.items():
             setattr(config, name, value)
-        blank = blinded(drafter, Target(target).is_visual(inputs["input_ids"])) if self.is_blind else nullcontext()
         try:
-            with blank:
+            with blinded() if self.is_blind else nullcontext():
                 yield {**self.arguments, **sampling(temperature), "max_new_tokens": max_new_tokens}
         finally:
             for name, value in before.items():
@@ -58,27 +58,22 @@ class Method:
 
 
 @contextmanager
-def blinded(drafter: Any, is_visual: torch.Tensor) -> Iterator[None]:
-    """Let the drafter read zeros, embeddings and features alike, at the visual tokens (1, T) of a prompt."""
-    num_tokens = is_visual.shape[1]
+def blinded() -> Iterator[None]:
+    """Let drafters read zeros, embeddings and features alike, at the visual tokens of prompts.
 
-    def blank(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        embeds, features = args
-        if embeds.shape[1] != num_tokens + 1:  # not the prompt with the first token behind it
-            return args
-        is_seen = ~is_visual[0].to(embeds.device)
-        return embeds * _column(is_seen, embeds.shape[1]), features * _column(is_seen, features.shape[1])
+    Not by hooks on the drafter's modules, which would make it decode more slowly.
+    """
+    original = generation.compress_text
 
-    handle = drafter.register_forward_pre_hook(blank)
+    def blank(embeds: torch.Tensor, features: torch.Tensor, real: Any, is_visual: torch.Tensor, *how: Any) -> Any:
+        is_text = ~is_visual[..., None]
+        return original(embeds * is_text.to(embeds.device), features * is_text, real, is_visual, *how)
+
+    generation.compress_text = blank  # type: ignore[assignment]
     try:
         yield
     finally:
-        handle.remove()
-
-
-def _column(is_seen: torch.Tensor, length: int) -> torch.Tensor:
-    """`is_seen` (T,), True from there on up to `length`, in the shape (length, 1)."""
-    return torch.nn.functional.pad(is_seen, (0, length - is_seen.shape[0]), value=True)[:, None]
+        generation.compress_text = original
 
 
 def sampling(temperature: float) -> dict[str, Any]:
@@ -102,7 +97,7 @@ def make_methods(
     Args:
         names (`Sequence[str]`): Out of `METHODS`.
         target (`PreTrainedModel`): What decodes.
-        drafter (`DreamDrafter`, *optional*): For the DREAM methods.
+        drafter (`DreamDrafter`, *optional*): For the DREAM methods; a `PeftModel` around one is looked through.
         assistant (`PreTrainedModel`, *optional*): For `"assisted"`, transformers' own assisted generation.
         trees (`Sequence[tuple]`): Further shapes (depth, top_k, size) to run the tree method with.
         keep_ratios (`Sequence[float]`): Further shares of the visual tokens to run the tree method with.
@@ -121,6 +116,7 @@ def make_methods(
         raise ValueError(f"`drafter` is needed for {needs_drafter}: name one, or leave these out.")
     if "assisted" in names and assistant is None:
         raise ValueError("`assistant` is needed for the method 'assisted': name one, or leave it out.")
+    drafter = None if drafter is None else unwrap(drafter)  # type: ignore[assignment]
     methods = [_make(name, target, drafter, assistant) for name in METHODS if name in {*names, "plain"}]
     if drafter is not None:
         methods += [_tree(drafter, f"dream_tree {d}/{k}/{n}", _shape(drafter.config, d, k, n)) for d, k, n in trees]

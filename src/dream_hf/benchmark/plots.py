@@ -20,7 +20,7 @@ def write_plots(results: Mapping[str, Any], output: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install dream-hf[bench]`, or run with --no-plots.") from error
+        raise ImportError("Plots need matplotlib: `pip install matplotlib`, or run with --no-plots.") from error
     temperatures = list(dict.fromkeys(row["temperature"] for row in results["rows"]))
     by_temperature = {t: [row for row in results["rows"] if row["temperature"] == t] for t in temperatures}
     figure = Figure(figsize=(8, 0.9 + 2.7 * len(temperatures)), layout="constrained")

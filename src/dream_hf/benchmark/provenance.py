@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "pillow"
 def describe_run(target: Any, drafter: DreamDrafter | None, assistant: Any = None, date: str | None = None) -> dict:
     """Versions, machine and models; `date` is today's (UTC) unless given."""
     return {
-        "date": date or datetime.now(timezone.utc).date().isoformat(),
+        "date": date or datetime.now(UTC).date().isoformat(),
         "versions": {"dream_hf": __version__, "python": platform.python_version(), **_versions()},
         "machine": describe_machine(target.device),
         "target": describe_model(target),

@@ -74,9 +74,7 @@ def _open_public(name: str, source: str, revision: str | None) -> RowSource:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f"`task` ({name!r}) is read with the `datasets` package: `pip install dream-hf[bench]`."
-        ) from error
+        raise ImportError(f"`task` ({name!r}) is read with the `datasets` package: `pip install datasets`.") from error
     try:
         loaded = datasets.load_dataset(
             source or public.hub_id, split=public.split, revision=revision, data_files=None if source else public.files

@@ -118,11 +118,15 @@ class Trace:
             -inf where there are fewer.
         path (`np.ndarray` of shape `(T, D)`): Scores of the nodes that hold the answer's next tokens; -inf from the first
             one on that no node holds.
+        ranked_log_probs, path_log_probs (`np.ndarray`): Log-probabilities of these nodes, which thresholds look at: scores
+            without the price of a node's level.
     """
 
     promise: np.ndarray
     ranked: np.ndarray
     path: np.ndarray
+    ranked_log_probs: np.ndarray
+    path_log_probs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -189,11 +193,16 @@ def _steps(shape: Shape, trace: Trace) -> tuple[np.ndarray, np.ndarray, np.ndarr
         stops = trace.promise[:, : limit - 1] < shape.tree_min_level_probability
         depths = np.where(stops.any(1), stops.argmax(1) + 1, limit)
     ranked = trace.ranked[rows, depths - 1]  # (T, N)
-    is_kept = np.isfinite(ranked) & (np.arange(ranked.shape[1]) < shape.tree_size)
+    is_kept, is_caught = np.isfinite(ranked), np.isfinite(trace.path)
     if shape.tree_min_node_probability:
-        is_kept &= ranked >= math.log(shape.tree_min_node_probability)
+        least = math.log(shape.tree_min_node_probability)
+        is_kept &= trace.ranked_log_probs[rows, depths - 1] >= least
+        none = ~is_kept.any(1)
+        is_kept[none, 0] = True  # a tree has one node at least: the best
+        is_caught &= (trace.path_log_probs >= least) | none[:, None]
+    is_kept &= np.cumsum(is_kept, axis=1) <= shape.tree_size
     num_nodes = np.maximum(is_kept.sum(1), 1)
-    last = ranked[rows, num_nodes - 1]
+    last = np.where(is_kept, ranked, np.inf).min(1)
     is_level = np.arange(1, trace.path.shape[1] + 1) <= depths[:, None]
-    is_caught = is_level & np.isfinite(trace.path) & (trace.path >= last[:, None])
+    is_caught &= is_level & (trace.path >= last[:, None])
     return depths, num_nodes, np.cumprod(is_caught, axis=1).sum(1) + 1

@@ -100,8 +100,10 @@ class _Tracer:
             paths = [tree.path(answer[at + 1 :]) for at, tree in enumerate(trees)]
             traces[top_k] = Trace(
                 np.stack([tree.promise for tree in trees]),
-                np.stack([tree.ranked(num_nodes) for tree in trees]),
-                np.stack(paths),
+                np.stack([tree.ranked(num_nodes)[0] for tree in trees]),
+                np.stack([scores for scores, _ in paths]),
+                np.stack([tree.ranked(num_nodes)[1] for tree in trees]),
+                np.stack([log_probs for _, log_probs in paths]),
             )
         return traces
 
@@ -135,7 +137,8 @@ class _FullTree:
             total[start + 1 : end + 1] = own[start:end] + total[parents]
         self.probabilities = np.exp(total[1:])
         levels = np.searchsorted(self.ends, np.arange(len(own)), side="right")
-        self.scores = total[1:] - LEVEL_PRICE * levels
+        self.log_probs = total[1:]
+        self.scores = self.log_probs - LEVEL_PRICE * levels
         starts = [0, *self.ends[:-1]]
         # As growth sees it: the probability of the top-k nodes of a level together, of those that do not end the text.
         probabilities = np.where(np.isin(self.tokens[1:], list(ends)), 0.0, self.probabilities)
@@ -143,22 +146,22 @@ class _FullTree:
             [np.sort(probabilities[start:end])[-top_k:].sum() for start, end in zip(starts, self.ends, strict=True)]
         )
 
-    def ranked(self, num_nodes: int) -> np.ndarray:
-        """Scores of the `num_nodes` best nodes of the first 1, 2, ... levels, (D, N)."""
-        rows = np.full((len(self.ends), num_nodes), -np.inf)
+    def ranked(self, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and log-probabilities of the `num_nodes` best nodes of the first 1, 2, ... levels, (D, N) each."""
+        scores, log_probs = np.full((2, len(self.ends), num_nodes), -np.inf)
         for level, end in enumerate(self.ends):
-            best = np.sort(self.scores[:end])[::-1][:num_nodes]
-            rows[level, : len(best)] = best
-        return rows
+            best = np.argsort(-self.scores[:end], kind="stable")[:num_nodes]
+            scores[level, : len(best)], log_probs[level, : len(best)] = self.scores[best], self.log_probs[best]
+        return scores, log_probs
 
-    def path(self, following: list[int]) -> np.ndarray:
-        """Scores of the nodes that hold the tokens `following` the root, (D,)."""
+    def path(self, following: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and log-probabilities of the nodes that hold the tokens `following` the root, (D,) each."""
         places = list(zip(self.parents, self.tokens, strict=True))
         held = {place: node for node, place in enumerate(places) if node}  # the root is no child of its own
-        scores, node = np.full(len(self.ends), -np.inf), 0
+        (scores, log_probs), node = np.full((2, len(self.ends)), -np.inf), 0
         for level, token in enumerate(following[: len(self.ends)]):
             child = held.get((node, token))
             if child is None:
                 break
-            scores[level], node = self.scores[child - 1], child
-        return scores
+            scores[level], log_probs[level], node = self.scores[child - 1], self.log_probs[child - 1], child
+        return scores, log_probs

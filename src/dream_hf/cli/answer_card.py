@@ -14,12 +14,8 @@ from .comparison import Comparison
 
 WIDTH, MARGIN, PICTURE, LINE = 1000, 24, 320, 24
 TEXT_SIZE = 15
-TIME_BAR, GAIN_UNIT, WIDEST_GAIN = (
-    18,
-    14,
-    40,
-)  # heights of a bar of time and of one token gained; width of a step's bar
-LABELS = 110  # room for what stands left of the bars of time
+BAR = 18  # height of a bar
+LABELS = 110  # room for what stands left of the bars
 TINTS = ("#cdeaf2", "#f7e9b8", "#d3efcf", "#ead6ef", "#d6ddf7")
 INK, FAINT, PAPER, STRONG = "#202024", "#6b6b74", "#ffffff", "#3b7ea1"
 
@@ -58,13 +54,13 @@ def draw_card(image: Image.Image, prompt: str, result: Comparison, font_path: st
     room = WIDTH - PICTURE - 3 * MARGIN
     asked = list(_layout([prompt], font, room))
     answer = list(_layout(result.pieces, font, room))
+    picture = _fitted(image)
     answer_top = MARGIN + _height(asked) + LINE // 2
-    times_top = max(MARGIN + PICTURE, answer_top + _height(answer)) + MARGIN
-    gains_top = times_top + 4 * LINE
-    most = max(report["accepted_lengths"], default=1)
-    card = Image.new("RGB", (WIDTH, gains_top + 2 * LINE + most * GAIN_UNIT + MARGIN), PAPER)
+    times_top = max(MARGIN + picture.height, answer_top + _height(answer)) + MARGIN
+    gains_top = times_top + 3 * LINE + MARGIN
+    card = Image.new("RGB", (WIDTH, gains_top + 2 * LINE + MARGIN), PAPER)
     draw = ImageDraw.Draw(card)
-    card.paste(_fitted(image), (MARGIN, MARGIN))
+    card.paste(picture, (MARGIN, MARGIN))
     left = PICTURE + 2 * MARGIN
     for x, y, _, word in asked:
         draw.text((left + x, MARGIN + y), word, fill=FAINT, font=font)
@@ -73,7 +69,7 @@ def draw_card(image: Image.Image, prompt: str, result: Comparison, font_path: st
         draw.rectangle((*place, place[0] + font.getlength(word), place[1] + LINE - 4), fill=TINTS[step % len(TINTS)])
         draw.text(place, word, fill=INK, font=font)
     _draw_times(draw, report, times_top, font)
-    _draw_gains(draw, report, gains_top, most, font)
+    _draw_gains(draw, report, gains_top, font)
     return card
 
 
@@ -125,22 +121,21 @@ def _draw_times(draw: Any, report: dict[str, Any], top: int, font: Any) -> None:
     for row, (name, value) in enumerate(seconds.items(), start=1):
         y, end = top + row * LINE + 4, MARGIN + LABELS + room * value / max(seconds.values())
         draw.text((MARGIN, y), name, fill=FAINT, font=font)
-        draw.rectangle((MARGIN + LABELS, y, end, y + TIME_BAR), fill=STRONG if name == "speculative" else FAINT)
+        draw.rectangle((MARGIN + LABELS, y, end, y + BAR), fill=STRONG if name == "speculative" else FAINT)
         draw.text((end + 8, y), f"{value:.2f} s", fill=INK, font=font)
 
 
-def _draw_gains(draw: Any, report: dict[str, Any], top: int, most: int, font: Any) -> None:
-    """A bar for each step, as high as the tokens it gained."""
+def _draw_gains(draw: Any, report: dict[str, Any], top: int, font: Any) -> None:
+    """A bar of all tokens but the first, cut into steps: each as wide as the tokens it gained, which stand in it."""
     gains = report["accepted_lengths"]
     tau = "" if report["tau"] is None else f", {report['tau']:.2f} on average (tau, bonus included)"
-    title = f"Tokens gained by each step{tau}:" if gains else "One token, and no step after it."
+    title = f"Tokens gained, step by step{tau}:" if gains else "One token, and no step after it."
     draw.text((MARGIN, top), title, fill=INK, font=font)
-    width = min((WIDTH - 2 * MARGIN) / max(len(gains), 1), WIDEST_GAIN)
-    bottom = top + LINE + 4 + most * GAIN_UNIT
+    width, y, before = (WIDTH - 2 * MARGIN) / max(sum(gains), 1), top + LINE + 4, 0
     for step, gain in enumerate(gains, start=1):
-        left = MARGIN + (step - 1) * width
-        gap = 2 if width >= 6 else 0
-        draw.rectangle((left, bottom - gain * GAIN_UNIT, left + width - gap, bottom), fill=TINTS[step % len(TINTS)])
-        number = str(gain)
-        if width >= font.getlength(number) + 2:
-            draw.text((left + (width - gap) / 2, bottom + 2), number, fill=INK, font=font, anchor="ma")
+        left, right = round(MARGIN + before * width), round(MARGIN + (before + gain) * width)
+        before += gain
+        gap = 2 if right - left >= 6 else 1
+        draw.rectangle((left, y, max(right - gap, left), y + BAR), fill=TINTS[step % len(TINTS)])
+        if right - left >= font.getlength(str(gain)) + 4:
+            draw.text(((left + right - gap) / 2, y + BAR // 2), str(gain), fill=INK, font=font, anchor="mm")

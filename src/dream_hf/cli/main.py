@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from ..version import __version__
 from . import bench, convert, demo, generate, push, regenerate, train
+from .options import Parser
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
@@ -28,15 +29,14 @@ TRACEBACK = "DREAM_HF_TRACEBACK"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dream-hf`; returns the exit code: 0, or 2 after an error of the user's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = make_parser()
     if arguments[:1] == ["train"]:  # its flags are those of a dataclass that is costly to import
         name: str | None = "train"
         given: Any = arguments[1:]
     else:
-        given = parser.parse_args(arguments)
+        given = parse(arguments)
         name = given.command
     if name is None:
-        parser.print_help()
+        make_parser().print_help()
         return 0
     try:
         COMMANDS[name].run(given)
@@ -53,17 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage of some commands fills a screen."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` shows the options\n")
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command and its options; what no option takes is refused by the command it was given to."""
+    parser = make_parser()
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        owner = given.owner if arguments[0] in COMMANDS else parser
+        owner.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return given
 
 
 def make_parser() -> Parser:
     """The parser of all commands but `train`, which reads its own arguments."""
     parser = Parser(
         prog="dream-hf",
+        allow_abbrev=False,
         description="Speculative decoding for vision-language models: the target's own output, several tokens at a time.",
         epilog="`dream-hf COMMAND --help` shows a command's options and an example. Set DREAM_HF_TRACEBACK=1 to see "
         "where an error comes from.",
@@ -79,5 +83,6 @@ def make_parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        command.set_defaults(owner=command)
         module.add_arguments(command)
     return parser

@@ -9,7 +9,8 @@ from .options import add_models, load, whole_number
 HELP = "Replace the answers of a dataset by the target's own, which is what a drafter is trained on."
 EXAMPLE = (
     "dream-hf regenerate --target llava-hf/llava-v1.6-vicuna-7b-hf --rows rows.jsonl --output answers.jsonl "
-    "--batch-size 16\n  accelerate launch --num_processes 8 -m dream_hf regenerate --target ... (shared out over 8 devices)"
+    "--batch-size 16\n  accelerate launch --num_processes 8 -m dream_hf regenerate --target llava-hf/llava-v1.6-vicuna-7b-hf "
+    "--rows rows.jsonl --output answers.jsonl  # shared out over 8 devices"
 )
 
 

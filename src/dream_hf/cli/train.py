@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .train_parser import TrainParser
 
 HELP = "Train a drafter for a target, from flags or one YAML recipe."
 EXAMPLE = (
     "dream-hf train recipe.yaml\n"
-    "  dream-hf train recipe.yaml --output_dir runs/second --learning_rate 5e-5 (flags win over the recipe)\n"
-    "  dream-hf train --target llava-hf/llava-v1.6-vicuna-7b-hf --train_data answers.jsonl --output_dir my-drafter\n"
+    "  dream-hf train recipe.yaml --output_dir runs/second --learning_rate 5e-5  # flags win over the recipe\n"
+    "  dream-hf train --target llava-hf/llava-v1.6-vicuna-7b-hf --train_dataset answers.jsonl --output_dir my-drafter\n"
     "  accelerate launch -m dream_hf train recipe.yaml"
 )
 
@@ -30,32 +33,29 @@ def run(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Any]:
     """`ModelDataArguments` and `DreamTrainingArguments` from flags, a YAML file, or both."""
-    from transformers import HfArgumentParser
+    from .train_parser import TrainParser
 
-    from ..training import ModelDataArguments
-    from ..training_args import DreamTrainingArguments
-
-    dataclasses: Any = [ModelDataArguments, DreamTrainingArguments]
-    parser = HfArgumentParser(
-        dataclasses,
-        prog="dream-hf train",
+    parser = TrainParser(
         description=HELP + " The first argument may be a YAML file that maps names of options to values.",
         epilog=f"example:\n  {EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments = list(arguments)
     if arguments[:1] == ["--config"]:
         arguments.pop(0)
     if arguments and not arguments[0].startswith("-"):
         _apply_recipe(parser, Path(arguments.pop(0)))
-    given, training_args = parser.parse_args_into_dataclasses(arguments)
+    given, training_args, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return given, training_args
 
 
-def _apply_recipe(parser: argparse.ArgumentParser, path: Path) -> None:
+def _apply_recipe(parser: TrainParser, path: Path) -> None:
     """Take the values of a YAML file as defaults, so that flags win over them."""
     values = read_recipe(path)
-    actions = {action.dest: action for action in parser._actions}
+    actions = parser.options
     unknown = sorted(values.keys() - actions.keys())
     if unknown:
         raise ValueError(f"`recipe` ({path}) has {unknown}, which are no options; see `dream-hf train --help`.")
@@ -75,7 +75,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError("Recipes need PyYAML: `pip install dream-hf[train]`.") from error
+        raise ImportError("Recipes need PyYAML: `pip install pyyaml`.") from error
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -126,5 +126,5 @@ def _datasets(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"`{name}` is read with the `datasets` package: `pip install dream-hf[train]`.") from error
+        raise ImportError(f"`{name}` is read with the `datasets` package: `pip install datasets`.") from error
     return datasets
