@@ -60,10 +60,6 @@ class Slots:
         if any(counts):
             self.place([length + count for length, count in zip(self.lengths, counts, strict=True)])
 
-    def shorten(self, row: int, count: int) -> None:
-        """Take back the last `count` verified slots of a row."""
-        self.place([length - count if index == row else length for index, length in enumerate(self.lengths)])
-
     def rollback(self) -> None:
         """Take all tentative slots back."""
         self.tentative = 0
