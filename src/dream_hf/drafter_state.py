@@ -127,6 +127,12 @@ class DrafterState:
         """Let buffers have no more room than for this many tokens in a row, beams included."""
         self.tokens.limit = self.features.limit = num_tokens
 
+    def leave_inference_mode(self) -> None:
+        """Let buffers made in `torch.inference_mode()` be written outside it."""
+        if not torch.is_inference_mode_enabled():
+            for layer in self.cache.layers:
+                layer.leave_inference_mode()  # type: ignore[attr-defined]
+
     def forget_beams(self) -> None:
         """Take the tentative slots back."""
         self.tokens.rollback()
