@@ -6,6 +6,7 @@ has ended, or about a drafted token that was not chosen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,31 +37,39 @@ PREFIX_FREE = frozenset(
     )
 )
 
-# These look at each row's own tokens and scores, and remember nothing: rows need not be asked about together.
-ROW_BY_ROW = PREFIX_FREE | {
-    getattr(module, name)
-    for module, names in (
-        (
-            logits_process,
-            (
-                "MinLengthLogitsProcessor",
-                "MinNewTokensLengthLogitsProcessor",
-                "RepetitionPenaltyLogitsProcessor",
-                "NoRepeatNGramLogitsProcessor",
-                "SequenceBiasLogitsProcessor",
-                "NoBadWordsLogitsProcessor",
-                "ForcedBOSTokenLogitsProcessor",
-                "ForcedEOSTokenLogitsProcessor",
-                "ExponentialDecayLengthPenalty",
-                "SuppressTokensAtBeginLogitsProcessor",
-                "WatermarkLogitsProcessor",
-                "TopHLogitsWarper",
-            ),
-        ),
-        (stopping_criteria, ("EosTokenCriteria", "MaxLengthCriteria", "StopStringCriteria")),
+# These hold something for each row of the batch, and so have to be shown all of it.
+BATCH_BOUND = frozenset(
+    getattr(logits_process, name)
+    for name in (
+        "RepetitionPenaltyLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "EncoderNoRepeatNGramLogitsProcessor",
     )
-    for name in names
-}
+)
+
+# All of transformers' own that look at each row by itself and remember nothing. Others may remember what they were asked
+# (a user's own, guidance), call a user's function (allowed tokens by prefix) or read a clock.
+PURE = (
+    PREFIX_FREE
+    | BATCH_BOUND
+    | {
+        getattr(logits_process, name)
+        for name in (
+            "MinLengthLogitsProcessor",
+            "MinNewTokensLengthLogitsProcessor",
+            "NoRepeatNGramLogitsProcessor",
+            "SequenceBiasLogitsProcessor",
+            "NoBadWordsLogitsProcessor",
+            "ForcedBOSTokenLogitsProcessor",
+            "ForcedEOSTokenLogitsProcessor",
+            "ExponentialDecayLengthPenalty",
+            "SuppressTokensAtBeginLogitsProcessor",
+            "WatermarkLogitsProcessor",
+            "TopHLogitsWarper",
+        )
+    }
+    | {getattr(stopping_criteria, name) for name in ("EosTokenCriteria", "MaxLengthCriteria", "StopStringCriteria")}
+)
 
 # transformers' own processors that remember every token they were asked about.
 STATEFUL = frozenset(
@@ -69,14 +78,9 @@ STATEFUL = frozenset(
 )
 
 
-def is_row_by_row(judge: Any) -> bool:
-    """Whether a logits processor or stopping criterion may be asked about some rows of a batch, and several times.
-
-    Others may remember what they were asked (a user's own, guidance), call a user's function (allowed tokens by prefix),
-    read a clock, or hold something for each row of the batch (the encoder's ones).
-    """
-    has_rows = isinstance(getattr(judge, "prompt_ignore_length", None), torch.Tensor)
-    return type(judge) in ROW_BY_ROW and not has_rows
+def is_pure(judge: Any) -> bool:
+    """Whether rows of different lengths may be put before a logits processor or stopping criterion one after the other."""
+    return type(judge) in PURE
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ def _accept(
 class _Walk:
     """Plain decoding's loop over the nodes of a verified tree: process, choose, append, ask the criteria, go on.
 
-    All rows that have reached a length are served together. Processors and criteria are shown these rows, or, in step, the
-    whole batch, in which rows that have ended are padded.
+    All rows that have reached a length are served together, and are all that processors and criteria are shown; in step
+    these are shown the whole batch, in which rows that have ended are padded, as in plain decoding.
     """
 
     chooser: Chooser
@@ -173,6 +177,7 @@ class _Walk:
     def __post_init__(self) -> None:
         num_rows = len(self.texts.lengths)
         self.all_rows = range(num_rows)
+        self.is_bound = any(type(processor) in BATCH_BOUND for processor in self.chooser.processors)
         self.nodes = {row: 0 for row in self.all_rows if not self.ends.is_resting(row)}  # where walking rows stand
         self.paths: list[list[int]] = [[] for _ in self.all_rows]
         self.gained: list[list[int]] = [[] for _ in self.all_rows]
@@ -187,7 +192,7 @@ class _Walk:
             tokens = self.choose(rows, length)
             self.texts.append(rows, tokens)
             scores = self.recorder.scores if self.recorder.wants_scores else None
-            self.ends.look(self.texts, rows, tokens, self._shown(rows), scores)
+            self.ends.look(self.texts, rows, tokens, self.all_rows if self.chooser.in_step else rows, scores)
             num_left = 0
             for row, token in zip(rows, tokens, strict=True):
                 node = self.nodes.pop(row)
@@ -207,27 +212,26 @@ class _Walk:
 
     def choose(self, rows: list[int], length: int) -> list[int]:
         """The token that comes next in each of `rows`, which have `length` tokens; the scores are recorded."""
-        shown = self._shown(rows)
+        shown: Sequence[int] = self.all_rows if self.chooser.in_step or self.is_bound else rows
         logits = self._at_nodes(self.logits, shown)
         scores = self.chooser.process(self.prefixes(length, shown), logits.clone())
-        if len(rows) < len(shown):  # rows that have ended may have nothing left to draw
-            walks = torch.tensor([row in self.nodes for row in shown], device=scores.device)
-            picked = self.chooser.pick(torch.where(walks[:, None], scores, logits)).tolist()
-        else:
-            picked = self.chooser.pick(scores).tolist()
+        walking = set(rows)
+        asked = [place for place, row in enumerate(shown) if row in walking]
         if self.recorder.wants_choices:
-            places = [place for place, row in enumerate(shown) if row in self.nodes]
-            self.recorder.add_choice(length - self.texts.prompt_length, rows, scores[places], logits[places])
-        return [token for row, token in zip(shown, picked, strict=True) if row in self.nodes]
+            self.recorder.add_choice(length - self.texts.prompt_length, rows, scores[asked], logits[asked])
+        if len(asked) < len(shown):  # the others may have nothing left to choose from
+            is_asked = torch.tensor([row in walking for row in shown], device=scores.device)
+            scores = torch.where(is_asked[:, None], scores, logits)
+        picked = self.chooser.pick(scores).tolist()
+        return [picked[place] for place in asked]
 
-    def prefixes(self, length: int, rows: Any) -> torch.Tensor:
-        """What precedes the next token of `rows`, (n, length)."""
-        return self.texts.at(length, rows)
+    def prefixes(self, length: int, rows: Sequence[int]) -> torch.Tensor:
+        """What precedes the next token of `rows`, (n, length); rows that are shorter and not asked about are filled."""
+        prefixes = self.texts.at(length, rows)
+        is_filled = self.is_bound and not self.chooser.in_step
+        return prefixes.clamp(min=0) if is_filled else prefixes  # a padding token of -1 is no index
 
-    def _shown(self, rows: list[int]) -> Any:
-        return self.all_rows if self.chooser.in_step else rows
-
-    def _at_nodes(self, values: torch.Tensor, rows: Any) -> torch.Tensor:
+    def _at_nodes(self, values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Of values (B, N, ...) those at the nodes where `rows` stand, (n, ...)."""
         nodes = [self.nodes.get(row, 0) for row in rows]
         where = torch.tensor([list(rows), nodes], device=values.device)
@@ -235,9 +239,7 @@ class _Walk:
 
     def _verdict(self) -> Verdict:
         counts = [len(tokens) for tokens in self.gained]
-        padded = [
-            [row + [0] * (max(counts) - len(row)) for row in values] for values in (self.paths, self.gained)
-        ]
+        padded = [[row + [0] * (max(counts) - len(row)) for row in values] for values in (self.paths, self.gained)]
         path, tokens = torch.tensor(padded, device=self.tree.tokens.device)
         return Verdict(path, tokens, counts)
 

@@ -130,8 +130,9 @@ class DrafterState:
     def leave_inference_mode(self) -> None:
         """Let buffers made in `torch.inference_mode()` be written outside it."""
         if not torch.is_inference_mode_enabled():
-            for layer in self.cache.layers:
-                layer.leave_inference_mode()  # type: ignore[attr-defined]
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                layer.leave_inference_mode()
 
     def forget_beams(self) -> None:
         """Take the tentative slots back."""

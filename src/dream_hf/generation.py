@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention import TreeScope, attention_received, observe_attention, tree_scope
-from .choosing import Chooser, is_row_by_row
+from .choosing import Chooser, is_pure
 from .compression import compress_text
 from .continuation import recall, remember
 from .drafter_state import make_drafter_state
@@ -132,7 +132,7 @@ class _Decoding:
         self.texts = Texts(input_ids, 0 if pad is None else int(pad))
         self.ends = Ends(stopping_criteria, batch)
         judges = (*logits_processor, *stopping_criteria)
-        in_step = batch > 1 and (self.ends.is_open or not all(is_row_by_row(judge) for judge in judges))
+        in_step = batch > 1 and (self.ends.is_open or not all(is_pure(judge) for judge in judges))
         self.chooser = Chooser(logits_processor, generation_config.do_sample, in_step)
         self.recorder = Recorder(generation_config, batch, sliding_windows(target.text_config))
         self.cache: Cache = model_kwargs["past_key_values"]
