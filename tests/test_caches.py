@@ -268,3 +268,29 @@ def test_a_cache_gets_its_own_layers_back(error):
 def test_layers_that_hold_more_are_named():
     assert unsupported_layer(DynamicCache()) is None
     assert unsupported_layer(Cache(layers=[DynamicLayer(), StaticLayer(8)])) == "StaticLayer"
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 1]], ids=["equal", "ragged"])
+def test_states_of_another_dtype_are_written_in_the_buffer_s(lengths):
+    """Autocast gives keys and values of one layer in different dtypes from one forward to the next."""
+    layer = SlotLayer(Slots([0] * len(lengths)))
+    layer.update(*torch.ones(2, len(lengths), 2, 3, 4).unbind())
+    layer.slots.extend(3)
+    layer.slots.commit(lengths)
+    keys, _ = layer.update(*torch.full((2, len(lengths), 2, 1, 4), 2.0, dtype=torch.bfloat16).unbind())
+    assert keys.dtype == torch.float32
+    assert [int(row[0, length, 0]) for row, length in zip(keys, lengths, strict=True)] == [2] * len(lengths)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_under_autocast(batch):
+    """Up to rounding: its bfloat16 logits tie too often for tokens to be compared."""
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target, batch, text_len=12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = generate(target, inputs, assistant_model=untrained(target, **SMALL_TREE), max_new_tokens=12)
+        start = inputs["input_ids"].shape[1]
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 12), value=1)
+        logits = target(out.sequences, attention_mask=mask).logits[:, start - 1 : -1].float()
+    chosen = logits.gather(2, out.sequences[:, start:, None])[..., 0]
+    assert out.sequences.shape[1] == start + 12 and (logits.amax(-1) - chosen < 0.3).all()

@@ -91,3 +91,15 @@ def test_a_changed_conversation_starts_afresh(pair, monkeypatch, change):
     second, reads = states_read(monkeypatch, lambda: generate(target, drafter, following, cache))
     assert torch.equal(second.sequences, expected)
     assert reads[0][1] == 0
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True), (True, True, False, True, False)], ids=str)
+def test_turns_inside_and_outside_inference_mode(pair, modes):
+    target, drafter = pair
+    ids, cache = family("llama").make_inputs(target)["input_ids"], None
+    for mode in modes:
+        expected = target.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        with torch.inference_mode(mode):
+            result = generate(target, drafter, ids, cache)
+        assert torch.equal(result.sequences, expected)
+        ids, cache = torch.cat([result.sequences, ids[:, 1:6]], dim=1), result.past_key_values

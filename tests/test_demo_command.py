@@ -74,9 +74,9 @@ def test_demo_reports_a_difference(bundled, capsys, monkeypatch):
 
     pick = generation.Chooser.verify
 
-    def wrong(self, *args):
-        verdict = pick(self, *args)
-        verdict.acceptance.tokens.fill_(5)
+    def wrong(self, tree, logits, texts, *args):
+        verdict = pick(self, tree, logits, texts, *args)
+        texts.ids[:, texts.prompt_length :] = 5
         return verdict
 
     monkeypatch.setattr(generation.Chooser, "verify", wrong)

@@ -77,17 +77,13 @@ def without_processors(monkeypatch):
     monkeypatch.setattr(choosing._Walk, "choose", _raw_choice)
 
 
-def _raw_choice(self, step, nodes):
-    return self.logits[torch.arange(nodes.shape[0]), nodes].argmax(-1)
+def _raw_choice(self, rows, length):
+    return self._at_nodes(self.logits, rows).argmax(-1).tolist()
 
 
 def without_the_true_prefix(monkeypatch):
-    """Processors see the verified text only, not the path walked so far."""
-
-    def stale(self, length):
-        return self.texts.at(min(self.texts.lengths))
-
-    monkeypatch.setattr(choosing._Walk, "_prefixes", stale)
+    """Processors see the text before the last token."""
+    monkeypatch.setattr(choosing._Walk, "prefixes", lambda self, length, rows: self.texts.at(length - 1, rows))
 
 
 def without_ragged_rows(monkeypatch):
@@ -103,11 +99,10 @@ def without_ragged_rows(monkeypatch):
 def without_ends_inside_paths(monkeypatch):
     """Only the last token of what a row gained is asked whether the text ends."""
 
-    def cut(self, grown, gained, scores):
-        for row, tokens in enumerate(gained):
-            if tokens and (tokens[-1] in self.eos_token_ids or grown.lengths[row] >= self.max_length):
-                self.ended_at[row] = grown.lengths[row]
-        return [len(tokens) for tokens in gained]
+    def cut(self, row, start, tokens):
+        if tokens[-1] in self.eos_token_ids or start + len(tokens) >= self.max_length:
+            self.ended_at[row] = start + len(tokens)
+        return len(tokens)
 
     monkeypatch.setattr(texts.Ends, "cut", cut)
 

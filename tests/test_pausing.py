@@ -185,17 +185,6 @@ def test_unread_text_is_joined_row_by_row():
     assert not unread
 
 
-def test_unread_text_is_taken_back_from_its_end():
-    unread = Unread()
-    tokens = torch.arange(12).view(2, 6)
-    for part in tokens.split(3, dim=1):
-        unread.add(part, part[..., None].float(), [3, 2])
-    assert unread.shorten(0, 4) == 0 and unread.shorten(1, 1) == 0
-    assert unread.shorten(1, 5) == 2  # two more than there are: these have been read
-    taken, _, counts = unread.take()
-    assert counts == [2, 0] and taken[0, :2].tolist() == [0, 1]
-
-
 def plant(monkeypatch: pytest.MonkeyPatch, sequences: torch.Tensor, mask: torch.Tensor) -> None:
     """Let steps gain 1, 2, 3 or 4 tokens, different rows at different times, whatever the drafter says."""
     starts = (mask == 0).sum(1).tolist()

@@ -138,14 +138,14 @@ def test_both_ways_to_call_agree_and_one_needs_no_hook(target, inputs, drafter):
 
 
 def test_unregister_takes_the_hook_out_and_register_puts_it_back(target, inputs, drafter):
-    names = ("_assisted_decoding", "_validate_generation_mode")
+    names = ("_assisted_decoding", "_validate_generation_mode", "generate_batch")
     hooked = [getattr(GenerationMixin, name) for name in names]
     finders = list(sys.meta_path)
     dream_hf.unregister()
     dream_hf.unregister()
     stock = [getattr(GenerationMixin, name) for name in names]
     assert [hook.__wrapped__ for hook in hooked] == stock
-    assert all(function.__module__ == GenerationMixin.__module__ for function in stock)
+    assert all(function.__module__.startswith("transformers.generation.") for function in stock)
     assert len(sys.meta_path) == len(finders) - 1
     with pytest.raises((ValueError, TypeError, AttributeError)) as caught:
         generate(target, inputs, assistant_model=drafter)  # stock assisted decoding knows no drafters
@@ -158,7 +158,7 @@ def test_unregister_takes_the_hook_out_and_register_puts_it_back(target, inputs,
 
 def test_hooks_keep_the_signatures_that_transformers_looks_at():
     # generate() decides by `_assisted_decoding`'s parameters what it passes.
-    for name in ("_assisted_decoding", "_validate_generation_mode"):
+    for name in ("_assisted_decoding", "_validate_generation_mode", "generate_batch"):
         hooked = getattr(GenerationMixin, name)
         assert inspect.signature(hooked) == inspect.signature(hooked.__wrapped__)
 
@@ -201,3 +201,19 @@ def test_other_assistants_get_every_argument(target, inputs, monkeypatch):
     assistant = family("llama").make_target(seed=1)
     generate(target, inputs, assistant_model=assistant, tokenizer="a tokenizer")
     assert seen["assistant_model"] is assistant and seen["tokenizer"] == "a tokenizer"
+
+
+@pytest.mark.parametrize("name", ["some/folder", Path("some/folder")], ids=["str", "path"])
+def test_the_name_of_an_assistant_is_no_assistant(target, inputs, name):
+    message = r"`assistant_model` \('some/folder'\).*`DreamDrafter.from_pretrained\('some/folder'\)`"
+    with pytest.raises(TypeError, match=message):
+        generate(target, inputs, assistant_model=name)
+    with pytest.raises(TypeError, match=r"`drafter` is a `\w+`; pass a `DreamDrafter`"):
+        generate(target, inputs, custom_generate=dream_hf.dream_generate, drafter=name)
+
+
+def test_continuous_batching_refuses_a_drafter(target, inputs, drafter, monkeypatch):
+    with pytest.raises(ValueError, match=r"`assistant_model` is a `DreamDrafter`, and `generate_batch`.*`generate\("):
+        target.generate_batch([[5, 6, 7]], assistant_model=drafter, max_new_tokens=2)
+    assert target.generate_batch([]) == {}  # nobody else notices
+    assert target.generate_batch([], assistant_model=family("llama").make_target(seed=1)) == {}

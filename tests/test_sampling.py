@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from dream_hf import DreamDrafter, choosing
 from dream_hf.choosing import Chooser, Verdict
 from dream_hf.tree import DraftTree
-from dream_hf.verification import Acceptance, accept_sampled, accept_walking, sample
+from dream_hf.verification import Acceptance, accept_sampled, sample
 
 LIMIT = 1e-3
 NUM_DRAWS, BATCH_SIZE, NUM_NEW = 4096, 512, 4
@@ -144,30 +144,37 @@ def one_by_one(tree: DraftTree, probabilities: Tensor, removes_rejected: bool = 
     return rows
 
 
-ACCEPT_GREEDY, VERIFY, PREFIXES = choosing.accept_greedy, Chooser.verify, choosing._Walk._prefixes
+ACCEPT_GREEDY, VERIFY = choosing.accept_greedy, Chooser.verify
 
 
-def verify_with_whole_bonus(self: Chooser, tree, logits, texts, is_resting) -> Verdict:
+def verify_with_whole_bonus(self: Chooser, tree, logits, texts, ends, recorder) -> Verdict:
     """Draws the bonus token from all of the distribution, rejected children included."""
     scores = self.processors(tree.tokens.view(-1, 1), logits.flatten(0, 1)).view_as(logits)
     emitted = one_by_one(tree, scores.softmax(-1), removes_rejected=False)
-    steps = torch.tensor([row + [0] * (tree.max_depth + 1 - len(row)) for row in emitted])
-    choose = lambda step, nodes: steps[:, step]  # noqa: E731
-    return Verdict(accept_walking(tree, choose), scores)
+    choices = torch.zeros_like(tree.tokens)
+    for row, (edges, tokens) in enumerate(zip(tree.children(), emitted, strict=True)):
+        node = 0
+        for token in tokens:
+            choices[row, node] = token
+            node = edges.get((node, token), 0)
+    return choosing._accept(tree, choices, scores, logits, texts, ends, recorder)
 
 
-def verify_without_processors(self: Chooser, tree, logits, texts, is_resting) -> Verdict:
-    return VERIFY(replace(self, processors=LogitsProcessorList()), tree, logits, texts, is_resting)
+def verify_without_processors(self: Chooser, *arguments) -> Verdict:
+    return VERIFY(replace(self, processors=LogitsProcessorList()), *arguments)
 
 
 WRONG = {
     "first child accepted": (choosing, "accept_greedy", take_first_child, {"temperature": 1.0}),
     "bonus from all of p": (Chooser, "verify", verify_with_whole_bonus, {"temperature": 1.0}),
     "processors forgotten": (Chooser, "verify", verify_without_processors, {"temperature": 0.7}),
-    "prefix of the root": (
-        choosing._Walk, "_prefixes", lambda self, length: self.texts.at(length), {"repetition_penalty": 3.0}
+    "prefix of the prompt": (
+        choosing._Walk,
+        "prefixes",
+        lambda self, length, rows: self.texts.at(self.texts.prompt_length, rows),
+        {"repetition_penalty": 3.0},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("owner", "name", "wrong", "settings"), WRONG.values(), ids=WRONG)
@@ -233,13 +240,6 @@ def test_trying_children_one_by_one_is_the_same_rule():
     tree = lone_tree(NUM_ROWS // 2)
     assert p_of_emitted([tuple(row) for row in one_by_one(tree, probabilities)]) >= LIMIT
     assert p_of_emitted([tuple(row) for row in one_by_one(tree, probabilities, removes_rejected=False)]) < LIMIT
-
-
-def test_walking_has_the_targets_distribution():
-    probabilities = node_distributions()
-    torch.manual_seed(3)
-    accepted = accept_walking(lone_tree(NUM_ROWS), lambda step, nodes: sample(probabilities[nodes]))
-    assert p_of_emitted(emitted_by(accepted)) >= LIMIT
 
 
 def test_the_likeliest_token_is_not_a_sample():

@@ -7,9 +7,14 @@ import itertools
 import pytest
 import torch
 from nodes import random_tree
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from dream_hf.choosing import Chooser, Verdict
+from dream_hf.outputs import Recorder
+from dream_hf.texts import Ends, Texts
 from dream_hf.tree import DraftTree
-from dream_hf.verification import accept_greedy, accept_sampled, accept_walking, sample
+from dream_hf.verification import accept_greedy, accept_sampled, sample
 
 NUM_TOKENS = 4
 
@@ -32,15 +37,16 @@ def test_greedy_and_walking_follow_the_target_s_choices(num_nodes, seed):
     generator = torch.Generator().manual_seed(seed)
     tree = random_tree(3, num_nodes, generator, num_tokens=NUM_TOKENS)
     choices = torch.randint(NUM_TOKENS, (3, num_nodes), generator=generator)
-    rows = torch.arange(3)
-    walked = accept_walking(tree, lambda step, nodes: choices[rows, nodes])
-    for acceptance in (accept_greedy(tree, choices), walked):
-        for row in range(3):
-            path, tokens = walk(tree, row, choices[row].tolist())
-            length = int(acceptance.lengths[row])
-            assert acceptance.path[row, :length].tolist() == path
-            assert acceptance.path[row, length:].sum() == 0
-            assert acceptance.tolist()[row] == tokens
+    acceptance = accept_greedy(tree, choices)
+    verdict = walked(tree, choices)
+    for row in range(3):
+        path, tokens = walk(tree, row, choices[row].tolist())
+        length = int(acceptance.lengths[row])
+        assert acceptance.path[row, :length].tolist() == path
+        assert acceptance.path[row, length:].sum() == 0
+        assert acceptance.tolist()[row] == tokens
+        assert verdict.path[row].tolist() == path + [0] * (verdict.path.shape[1] - length)
+        assert verdict.tokens[row, : verdict.counts[row]].tolist() == tokens
 
 
 def test_the_whole_of_a_chain_is_accepted_with_a_bonus():
@@ -56,22 +62,60 @@ def test_a_matching_node_below_a_rejected_one_is_rejected():
     assert acceptance.tolist() == [[4]]
 
 
+class Choices(LogitsProcessor):
+    """Remembers how many rows of which length it was shown; in a walk, since it is no stock one."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, input_ids, scores):
+        self.shown.append(tuple(input_ids.shape))
+        return scores
+
+
+def walked(tree, choices, is_resting=(), in_step=False, processor=None, ends=(), starts=None) -> Verdict:
+    """What rows gain where the target's choices after each node are `choices` (B, N)."""
+    batch = tree.tokens.shape[0]
+    texts = Texts(torch.zeros(batch, 1, dtype=torch.long), 0)
+    texts.extend(torch.ones(batch, 3, dtype=torch.long), starts or [0] * batch)
+    judge = Ends(StoppingCriteriaList([EosTokenCriteria([99, *ends]), MaxLengthCriteria(100)]), batch)
+    for row in is_resting:
+        judge.ended_at[row] = texts.lengths[row]
+    chooser = Chooser(LogitsProcessorList([processor or Choices()]), do_sample=False, in_step=in_step)
+    logits = torch.nn.functional.one_hot(choices, 100).float()
+    return chooser.verify(tree, logits, texts, judge, Recorder(GenerationConfig(), batch, []))
+
+
+CHAINS = DraftTree.from_parents(torch.tensor([[9, 5, 6, 7]] * 3), torch.tensor([[0, 0, 1, 2]] * 3), 3)
+CHOICES = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 8], [4, 6, 7, 8]])
+
+
 def test_rows_walk_in_step_and_resting_rows_do_not_walk():
-    tokens = torch.tensor([[9, 5, 6, 7]] * 3)
-    tree = DraftTree.from_parents(tokens, torch.tensor([[0, 0, 1, 2]] * 3), 3)
-    choices = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 8], [4, 6, 7, 8]])
-    steps: list[int] = []
+    processor = Choices()
+    assert walked(CHAINS, CHOICES, is_resting=[2], processor=processor).counts == [4, 3, 0]
+    assert processor.shown == [(2, 1), (2, 2), (2, 3), (1, 4)]  # only rows that are asked about
+    processor = Choices()
+    assert walked(CHAINS, CHOICES, is_resting=[2], in_step=True, processor=processor).counts == [3, 3, 0]
+    assert processor.shown == [(3, 1), (3, 2), (3, 3)]
 
-    def choose(step, nodes):
-        steps.append(step)
-        return choices[torch.arange(3), nodes]
 
-    is_active = torch.tensor([True, True, False])
-    assert accept_walking(tree, choose, is_active).tolist() == [[5, 6, 7, 8], [5, 6, 1], []]
-    assert steps == [0, 1, 2, 3]
-    steps.clear()
-    assert accept_walking(tree, choose, is_active, in_step=True).tolist() == [[5, 6, 7], [5, 6, 1], []]
-    assert steps == [0, 1, 2]
+def test_rows_of_one_length_are_asked_about_together():
+    processor = Choices()
+    assert walked(CHAINS, CHOICES, processor=processor, starts=[0, 2, 3]).counts == [4, 3, 1]
+    assert processor.shown == [(1, 1), (1, 2), (2, 3), (3, 4), (1, 5)]
+
+
+def test_a_row_that_ends_stops_and_does_not_stop_others():
+    for in_step in (False, True):
+        verdict = walked(CHAINS, CHOICES, is_resting=[1, 2], in_step=in_step, ends=[6])
+        assert verdict.counts == [2, 0, 0] and verdict.tokens[0].tolist() == [5, 6]
+    choices = torch.tensor([[5, 6, 7, 8], [3, 6, 7, 8], [5, 6, 7, 8]])
+    assert walked(CHAINS, choices, in_step=True, ends=[3]).counts == [4, 1, 4]
+
+
+def test_of_siblings_with_one_token_the_first_is_followed():
+    tree = DraftTree.from_parents(torch.tensor([[9, 5, 5, 6]]), torch.tensor([[0, 0, 0, 1]]), 2)
+    assert walked(tree, torch.tensor([[5, 6, 7, 8]])).path.tolist() == [[0, 1, 3]]
 
 
 # --- sampling, by enumeration ---

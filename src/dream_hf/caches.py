@@ -60,10 +60,6 @@ class Slots:
         if any(counts):
             self.place([length + count for length, count in zip(self.lengths, counts, strict=True)])
 
-    def shorten(self, row: int, count: int) -> None:
-        """Take back the last `count` verified slots of a row."""
-        self.place([length - count if index == row else length for index, length in enumerate(self.lengths)])
-
     def rollback(self) -> None:
         """Take all tentative slots back."""
         self.tentative = 0
@@ -119,6 +115,11 @@ class SlotLayer(DynamicLayer):
             kept = buffer.gather(2, _per_head(source, buffer))
             buffer.scatter_(2, _per_head(destination, buffer), kept)
 
+    def leave_inference_mode(self) -> None:
+        """Let buffers made in `torch.inference_mode()` be written outside it, by copying them."""
+        if self.is_initialized and self.keys.is_inference():
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+
     @property
     def first_visible(self) -> int:
         """First slot that the next query of some row may see."""
@@ -133,7 +134,7 @@ class SlotLayer(DynamicLayer):
         return self.slots.end + query_length - self.first_visible, self.first_visible
 
     def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
-        num_new = states.shape[2]
+        num_new, states = states.shape[2], states.to(buffer.dtype)  # which autocast may have changed
         if self.slots.longest == self.slots.shortest:
             start = self.slots.end - self.dropped
             buffer[:, :, start : start + num_new] = states

@@ -108,7 +108,7 @@ class DreamCandidateGenerator(CandidateGenerator):
         embeds, features = self._record.embeds[0], self._record.features[0]
         self._record.clear()
         if self.state.root_features is None:
-            self.feature_device, self.feature_dtype = features.device, features.dtype
+            self.head = _target_head(self.target, self.drafter, features)
             self.target.learn_logit_rule(features[:, -1], model_outputs.logits[:, -1].to(features.device))
             self._read_prompt(input_ids, embeds, features, model_kwargs)
         else:
@@ -117,14 +117,6 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     def _start(self) -> None:
         self.state = DrafterState(self.drafter, batch_size=1)
-        draft_logits = self.target.draft_logits(self.drafter)
-        self.head = TargetHead(
-            embed=lambda token_ids: self.target.embed(token_ids.to(self.target.model.device)),
-            logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
-            token_ids=self.drafter.draft_token_ids,
-            ends=end_ids(self.target.model.generation_config),
-            barred=self.target.unusable_ids(),
-        )
         self._wants_attention = False
         self._received: torch.Tensor | None = None  # attention each key received in the prefill, (1, K)
         if self._record is not None:
@@ -168,6 +160,18 @@ class DreamCandidateGenerator(CandidateGenerator):
         max_depth = min((limit for limit in limits if limit is not None and limit >= 0), default=None)
         chain = grow_tree(self.state, self.head, input_ids[:, -1:], config, max_depth)
         return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=1)  # type: ignore[return-value]
+
+
+def _target_head(target: Target, drafter: DreamDrafter, like: torch.Tensor) -> TargetHead:
+    """The ends of the target that a drafter borrows, for features `like` these; it holds nothing of a decoding."""
+    device, dtype, draft_logits = like.device, like.dtype, target.draft_logits(drafter)
+    return TargetHead(
+        embed=lambda token_ids: target.embed(token_ids.to(target.model.device)),
+        logits=lambda features: draft_logits(features.to(device, dtype)),
+        token_ids=drafter.draft_token_ids,
+        ends=end_ids(target.model.generation_config),
+        barred=target.unusable_ids(),
+    )
 
 
 def dream_chain_generate(

@@ -1,17 +1,24 @@
-"""The target's choice of token: logits processors on the true prefix, then argmax or a draw."""
+"""The target's choice of tokens along a drafted tree: what plain decoding does with each token, in the same order.
+
+Logits processors on the true prefix, then argmax or a draw, then the stopping criteria. Nothing is asked about a text that
+has ended, or about a drafted token that was not chosen.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .texts import Texts
+from .outputs import Recorder
+from .texts import Ends, Texts
 from .tree import DraftTree
-from .verification import Acceptance, accept_greedy, accept_walking, sample
+from .verification import accept_greedy, sample
 
 # These look at scores only, each row by itself; all nodes of a tree can go through them at once.
 PREFIX_FREE = frozenset(
@@ -30,17 +37,65 @@ PREFIX_FREE = frozenset(
     )
 )
 
-# transformers' own processors and criteria look at what they are given and remember nothing, but for these.
+# These hold something for each row of the batch, and so have to be shown all of it.
+BATCH_BOUND = frozenset(
+    getattr(logits_process, name)
+    for name in (
+        "RepetitionPenaltyLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "EncoderNoRepeatNGramLogitsProcessor",
+    )
+)
+
+# All of transformers' own that look at each row by itself and remember nothing. Others may remember what they were asked
+# (a user's own, guidance), call a user's function (allowed tokens by prefix) or read a clock.
+PURE = (
+    PREFIX_FREE
+    | BATCH_BOUND
+    | {
+        getattr(logits_process, name)
+        for name in (
+            "MinLengthLogitsProcessor",
+            "MinNewTokensLengthLogitsProcessor",
+            "NoRepeatNGramLogitsProcessor",
+            "SequenceBiasLogitsProcessor",
+            "NoBadWordsLogitsProcessor",
+            "ForcedBOSTokenLogitsProcessor",
+            "ForcedEOSTokenLogitsProcessor",
+            "ExponentialDecayLengthPenalty",
+            "SuppressTokensAtBeginLogitsProcessor",
+            "WatermarkLogitsProcessor",
+            "TopHLogitsWarper",
+        )
+    }
+    | {getattr(stopping_criteria, name) for name in ("EosTokenCriteria", "MaxLengthCriteria", "StopStringCriteria")}
+)
+
+# transformers' own processors that remember every token they were asked about.
 STATEFUL = frozenset(
     getattr(logits_process, name)
     for name in ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 )
 
 
-def may_remember(judge: Any) -> bool:
-    """Whether a logits processor or stopping criterion may depend on being asked exactly once for every token."""
-    is_stock = type(judge).__module__ in (logits_process.__name__, stopping_criteria.__name__)
-    return not is_stock or type(judge) in STATEFUL
+def is_pure(judge: Any) -> bool:
+    """Whether rows of different lengths may be put before a logits processor or stopping criterion one after the other."""
+    return type(judge) in PURE
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What each row keeps of a tree, and was appended to its text.
+
+    Args:
+        path (`torch.LongTensor` of shape `(B, P)`): From the root to the last accepted node; 0 beyond `counts[b]`.
+        tokens (`torch.LongTensor` of shape `(B, P)`): The token chosen after each of them.
+        counts (`list[int]`): How many of both are row b's.
+    """
+
+    path: torch.Tensor
+    tokens: torch.Tensor
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -65,63 +120,143 @@ class Chooser:
         """Tokens (...) from processed scores (..., V)."""
         return sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
 
-    def verify(self, tree: DraftTree, logits: torch.Tensor, texts: Texts, is_resting: list[bool]) -> Verdict:
-        """Choose along the tree: logits (B, N, V) in float32 -> what each row accepts."""
-        if not self.in_step and all(type(processor) in PREFIX_FREE for processor in self.processors):
-            scores = logits
-            if self.processors:
-                scores = self.process(tree.tokens.view(-1, 1), logits.flatten(0, 1)).view_as(logits)
-            return Verdict(accept_greedy(tree, self.pick(scores)), scores)
-        walk = _Walk(self, logits, texts, is_resting)
-        is_active = ~torch.tensor(is_resting, device=logits.device)
-        return Verdict(accept_walking(tree, walk.choose, is_active, self.in_step), logits, walk.scores)
+    def verify(self, tree: DraftTree, logits: torch.Tensor, texts: Texts, ends: Ends, recorder: Recorder) -> Verdict:
+        """Choose along the tree, from logits (B, N, V) in float32, and append to `texts` what each row gains up to its end."""
+        if not all(type(processor) in PREFIX_FREE for processor in self.processors):
+            return _Walk(self, tree, logits, texts, ends, recorder).run()
+        scores = logits
+        if self.processors:
+            scores = self.process(tree.tokens.view(-1, 1), logits.flatten(0, 1)).view_as(logits)
+        choices = self.pick(scores)
+        if ends.others or self.in_step:
+            return _ChosenWalk(self, tree, logits, texts, ends, recorder, scores, choices).run()
+        return _accept(tree, choices, scores, logits, texts, ends, recorder)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """An acceptance and the processed scores behind it."""
-
-    acceptance: Acceptance
-    node_scores: torch.Tensor  # (B, N, V)
-    step_scores: list[torch.Tensor] | None = None  # (B, V) for every step of the walk, where nodes were not all scored
-
-    def scores_at(self, step: int) -> torch.Tensor:
-        """Processed scores (B, V) behind the step-th token of each row."""
-        if self.step_scores is not None:
-            return self.step_scores[min(step, len(self.step_scores) - 1)]
-        nodes = self.acceptance.path[:, step]
-        return self.node_scores[torch.arange(nodes.shape[0], device=nodes.device), nodes]
+def _accept(
+    tree: DraftTree,
+    choices: torch.Tensor,  # (B, N)
+    scores: torch.Tensor,  # (B, N, V)
+    logits: torch.Tensor,  # (B, N, V)
+    texts: Texts,
+    ends: Ends,
+    recorder: Recorder,
+) -> Verdict:
+    """Follow choices that are known for all nodes and that nobody has to be asked about."""
+    acceptance = accept_greedy(tree, choices)
+    starts = list(texts.lengths)
+    counts = [
+        0 if ends.is_resting(row) else ends.cut(row, starts[row], tokens)
+        for row, tokens in enumerate(acceptance.tolist())
+    ]
+    texts.extend(acceptance.tokens, counts)
+    path, tokens = acceptance.path[:, : max(counts)], acceptance.tokens[:, : max(counts)]
+    if recorder.wants_choices:
+        for row, count in enumerate(counts):
+            for step, node in enumerate(path[row, :count].tolist()):
+                index = starts[row] + step - texts.prompt_length
+                recorder.add_choice(index, [row], scores[row, node][None], logits[row, node][None])
+    return Verdict(path, tokens, counts)
 
 
 @dataclass
 class _Walk:
-    """Choices at visited nodes, one call of the processors for each token, on the prefix it would have had."""
+    """Plain decoding's loop over the nodes of a verified tree: process, choose, append, ask the criteria, go on.
+
+    All rows that have reached a length are served together, and are all that processors and criteria are shown; in step
+    these are shown the whole batch, in which rows that have ended are padded, as in plain decoding.
+    """
 
     chooser: Chooser
-    logits: torch.Tensor
+    tree: DraftTree
+    logits: torch.Tensor  # (B, N, V)
     texts: Texts
-    is_resting: list[bool]
-    walked: list[torch.Tensor] = field(default_factory=list)
-    scores: list[torch.Tensor] = field(default_factory=list)
+    ends: Ends
+    recorder: Recorder
 
-    def choose(self, step: int, nodes: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(nodes.shape[0], device=nodes.device)
-        logits = self.logits[rows, nodes]
-        scores = logits
-        for start in sorted({length for row, length in enumerate(self.texts.lengths) if not self.is_resting[row]}):
-            processed = self.chooser.process(self._prefixes(start + step), logits.clone())
-            is_there = [length == start for length in self.texts.lengths]
-            scores = torch.where(torch.tensor(is_there, device=scores.device)[:, None], processed, scores)
-        choices = self.chooser.pick(scores)
-        self.walked.append(choices)
-        self.scores.append(scores)
-        return choices
+    def __post_init__(self) -> None:
+        num_rows = len(self.texts.lengths)
+        self.all_rows = range(num_rows)
+        self.is_bound = any(type(processor) in BATCH_BOUND for processor in self.chooser.processors)
+        self.nodes = {row: 0 for row in self.all_rows if not self.ends.is_resting(row)}  # where walking rows stand
+        self.paths: list[list[int]] = [[] for _ in self.all_rows]
+        self.gained: list[list[int]] = [[] for _ in self.all_rows]
 
-    def _prefixes(self, length: int) -> torch.Tensor:
-        """Rows with the tokens walked so far, cut or padded to `length`."""
-        prefixes = self.texts.at(length).clone()
-        for row, start in enumerate(self.texts.lengths):
-            for offset, choices in enumerate(self.walked):
-                if start + offset < length:
-                    prefixes[row, start + offset] = choices[row]
-        return prefixes
+    def run(self) -> Verdict:
+        """Walk until every row has ended or left its tree; in step, until one has left its tree."""
+        children, lengths = self.tree.children(), self.texts.lengths
+        is_walking = bool(self.nodes)
+        while is_walking:
+            length = min(lengths[row] for row in self.nodes)
+            rows = sorted(row for row in self.nodes if lengths[row] == length)
+            tokens = self.choose(rows, length)
+            self.texts.append(rows, tokens)
+            scores = self.recorder.scores if self.recorder.wants_scores else None
+            self.ends.look(self.texts, rows, tokens, self.all_rows if self.chooser.in_step else rows, scores)
+            num_left = 0
+            for row, token in zip(rows, tokens, strict=True):
+                node = self.nodes.pop(row)
+                self.paths[row].append(node)
+                self.gained[row].append(token)
+                child = children[row].get((node, token))
+                if self.ends.is_resting(row):
+                    continue
+                if child is None:
+                    num_left += 1
+                else:
+                    self.nodes[row] = child
+            is_walking = bool(self.nodes) and not self.ends.is_done(self.texts)
+            if self.chooser.in_step and num_left:
+                break
+        return self._verdict()
+
+    def choose(self, rows: list[int], length: int) -> list[int]:
+        """The token that comes next in each of `rows`, which have `length` tokens; the scores are recorded."""
+        shown: Sequence[int] = self.all_rows if self.chooser.in_step or self.is_bound else rows
+        logits = self._at_nodes(self.logits, shown)
+        scores = self.chooser.process(self.prefixes(length, shown), logits.clone())
+        walking = set(rows)
+        asked = [place for place, row in enumerate(shown) if row in walking]
+        if self.recorder.wants_choices:
+            self.recorder.add_choice(length - self.texts.prompt_length, rows, scores[asked], logits[asked])
+        if len(asked) < len(shown):  # the others may have nothing left to choose from
+            is_asked = torch.tensor([row in walking for row in shown], device=scores.device)
+            scores = torch.where(is_asked[:, None], scores, logits)
+        picked = self.chooser.pick(scores).tolist()
+        return [picked[place] for place in asked]
+
+    def prefixes(self, length: int, rows: Sequence[int]) -> torch.Tensor:
+        """What precedes the next token of `rows`, (n, length); rows that are shorter and not asked about are filled."""
+        prefixes = self.texts.at(length, rows)
+        is_filled = self.is_bound and not self.chooser.in_step
+        return prefixes.clamp(min=0) if is_filled else prefixes  # a padding token of -1 is no index
+
+    def _at_nodes(self, values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Of values (B, N, ...) those at the nodes where `rows` stand, (n, ...)."""
+        nodes = [self.nodes.get(row, 0) for row in rows]
+        where = torch.tensor([list(rows), nodes], device=values.device)
+        return values[where[0], where[1]]
+
+    def _verdict(self) -> Verdict:
+        counts = [len(tokens) for tokens in self.gained]
+        padded = [[row + [0] * (max(counts) - len(row)) for row in values] for values in (self.paths, self.gained)]
+        path, tokens = torch.tensor(padded, device=self.tree.tokens.device)
+        return Verdict(path, tokens, counts)
+
+
+@dataclass
+class _ChosenWalk(_Walk):
+    """A walk along choices that are known for all nodes; criteria are still asked token by token."""
+
+    scores: torch.Tensor  # (B, N, V)
+    choices: torch.Tensor  # (B, N)
+
+    @cached_property
+    def _tokens(self) -> list[list[int]]:
+        return self.choices.tolist()
+
+    def choose(self, rows: list[int], length: int) -> list[int]:
+        if self.recorder.wants_choices:
+            scores, logits = self._at_nodes(self.scores, rows), self._at_nodes(self.logits, rows)
+            self.recorder.add_choice(length - self.texts.prompt_length, rows, scores, logits)
+        return [self._tokens[row][self.nodes[row]] for row in rows]

@@ -48,4 +48,7 @@ def recall(cache: Cache, drafter: DreamDrafter, num_slots: int, last_tokens: tor
     turn = _turns.pop(cache, None)
     if turn is None or turn.state.drafter is not drafter or turn.num_slots != num_slots:
         return None
-    return turn if torch.equal(turn.last_tokens, last_tokens) else None
+    if not torch.equal(turn.last_tokens, last_tokens):
+        return None
+    turn.state.leave_inference_mode()
+    return turn

@@ -155,6 +155,13 @@ class DrafterState:
         """Let buffers have no more room than for this many tokens in a row, beams included."""
         self.tokens.limit = self.features.limit = num_tokens
 
+    def leave_inference_mode(self) -> None:
+        """Let buffers made in `torch.inference_mode()` be written outside it."""
+        if not torch.is_inference_mode_enabled():
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                layer.leave_inference_mode()
+
     def forget_beams(self) -> None:
         """Take the tentative slots back."""
         self.tokens.rollback()

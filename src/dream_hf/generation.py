@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention import attention_received, observe_attention
-from .choosing import Chooser, may_remember
+from .choosing import Chooser, is_pure
 from .compat import CACHE, cache_of
 from .compression import compress_text
 from .continuation import recall, remember
@@ -135,7 +135,8 @@ class _Decoding:
         pad = self.config._pad_token_tensor
         self.texts = Texts(input_ids, 0 if pad is None else int(pad))
         self.ends = Ends(stopping_criteria, batch)
-        in_step = batch > 1 and any(may_remember(judge) for judge in (*logits_processor, *stopping_criteria))
+        judges = (*logits_processor, *stopping_criteria)
+        in_step = batch > 1 and (self.ends.is_open or not all(is_pure(judge) for judge in judges))
         self.chooser = Chooser(logits_processor, generation_config.do_sample, in_step)
         self.recorder = Recorder(generation_config, batch, sliding_windows(target.text_config))
         self.cache: Cache = model_kwargs[CACHE]
@@ -144,14 +145,6 @@ class _Decoding:
         self.pausing = Pausing(drafter.config.pause_below)
         self.unread = Unread()
         self.longest_text: int | None = None  # slots of the prompt and of what may follow it, if that has a limit
-        draft_logits = target.draft_logits(drafter)
-        self.head = TargetHead(
-            embed=lambda token_ids: target.embed(token_ids.to(self.embed_device)),
-            logits=lambda features: draft_logits(features.to(self.feature_device, self.feature_dtype)),
-            token_ids=drafter.draft_token_ids,
-            ends=self.ends.eos_token_ids,
-            barred=target.unusable_ids(),
-        )
 
     # --- the phases ---
 
@@ -166,8 +159,7 @@ class _Decoding:
         self.cache = cache_of(outputs)
         check_cache(self.cache)
         embeds, features = self.record.take()
-        self.embed_device = embeds.device
-        self.feature_device, self.feature_dtype = features.device, features.dtype
+        self.head = _target_head(self.target, self.drafter, embeds.device, features, self.ends)
         last_logits = outputs.logits[:, -1]
         self.target.learn_logit_rule(features[:, -1], last_logits.to(features.device))
 
@@ -179,7 +171,7 @@ class _Decoding:
         self._start_decoding_kwargs()
         prompt_ids = self.texts.ids
         first = self.chooser.pick(scores)[:, None]
-        self._append(first, first.tolist())
+        self._begin_texts(first[:, 0].tolist())
         if not self.is_done or self.is_cache_kept:
             self._read_prompt(prompt_ids, first, embeds, features, received)
 
@@ -191,17 +183,14 @@ class _Decoding:
         outputs = self._forward(tree)
         features = self.forwards.features(outputs)
         logits = outputs.logits[:, : tree.num_nodes].to(dtype=torch.float32, device=self.texts.ids.device)
-        verdict = self.chooser.verify(tree, logits, self.texts, is_resting)
-        path, tokens = verdict.acceptance.path, verdict.acceptance.tokens
-        gained = [[] if resting else row for row, resting in zip(verdict.acceptance.tolist(), is_resting, strict=True)]
-        counts = [len(row) for row in gained]
-        self.pausing.note([count for count, resting in zip(counts, is_resting, strict=True) if not resting])
-
         starts = [length - self.texts.prompt_length for length in self.texts.lengths]
-        self.recorder.add_scores(verdict, logits, starts, counts)
-        kept = self._append(tokens, gained)
+        verdict = self.chooser.verify(tree, logits, self.texts, self.ends, self.recorder)
+        path, tokens, kept = verdict.path, verdict.tokens, verdict.counts
+        going_on = [count for row, count in enumerate(kept) if not self.ends.is_resting(row)]
+        if going_on:  # an end says nothing about the drafter
+            self.pausing.note(going_on)
+
         num_kept = max(kept)
-        path, tokens = path[:, :num_kept], tokens[:, :num_kept]
         self.recorder.add_states(outputs, path, starts, kept, self.slots.lengths)
         self.recorder.add_step(kept, tree.num_nodes - 1, is_resting)
         if num_kept > 1:  # the root is where it belongs
@@ -212,8 +201,6 @@ class _Decoding:
             self.unread.add(tokens, features.gather(1, nodes), kept)
             if not self.is_done and not self.pausing.is_paused:
                 self._read_on()
-        if self.is_done:
-            self._take_back_overshoot()
 
     def idle(self) -> None:
         """Run a forward whose result nobody needs, for processes that wait for this one."""
@@ -238,7 +225,7 @@ class _Decoding:
         """What `generate()` returns."""
         if self.is_cache_kept and self.prompt_mask is None and len(set(self.texts.lengths)) == 1:
             remember(self.cache, self.state, self.unread, self._last_tokens())
-        sequences = self.texts.at(max(self.texts.lengths))
+        sequences = self.texts.at(max(self.texts.lengths)).clone()  # without the room for more
         return self.recorder.result(sequences, sequences.shape[1] - self.texts.prompt_length, self.cache)
 
     @property
@@ -313,22 +300,12 @@ class _Decoding:
                 inputs["position_ids"] = self.target.own_positions(lengths[:, None] + tree.depths)
             return self.forwards(inputs, num_nodes)
 
-    def _append(self, tokens: torch.Tensor, gained: list[list[int]]) -> list[int]:
-        """Append what each row gained, the first entries of `tokens` (B, D), up to its end; returns how many it keeps."""
-        self.texts.extend(tokens, [len(row) for row in gained])
-        scores = tuple(self.recorder.scores) if self.recorder.wants_scores else None
-        return self.ends.cut(self.texts, gained, scores)
-
-    def _take_back_overshoot(self) -> None:
-        for row, excess in enumerate(self.ends.overshoot(self.texts)):
-            if excess:
-                self.texts.cut(row, self.texts.lengths[row] - excess)
-                self.slots.shorten(row, excess)
-                if self.is_cache_kept:
-                    num_read = self.unread.shorten(row, excess)
-                    self.state.tokens.shorten(row, num_read)
-                    self.state.features.shorten(row, num_read)
-                self.recorder.forget(row, excess)
+    def _begin_texts(self, tokens: list[int]) -> None:
+        """Append the first token of each row, which may be the last one."""
+        rows = range(len(tokens))
+        self.texts.append(rows, tokens)
+        scores = self.recorder.scores if self.recorder.wants_scores else None
+        self.ends.look(self.texts, rows, tokens, rows, scores)
 
     def _last_tokens(self) -> torch.Tensor:
         """The last token of each row, (B, 1)."""
@@ -421,6 +398,21 @@ class _Decoding:
         if self.unread:
             self._read_on()
         return True
+
+
+def _target_head(
+    target: Target, drafter: DreamDrafter, embed_device: torch.device, like: torch.Tensor, ends: Ends
+) -> TargetHead:
+    """The ends of the target that a drafter borrows, for features `like` these; it holds nothing of a decoding."""
+    device, dtype = like.device, like.dtype
+    draft_logits = target.draft_logits(drafter)
+    return TargetHead(
+        embed=lambda token_ids: target.embed(token_ids.to(embed_device)),
+        logits=lambda features: draft_logits(features.to(device, dtype)),
+        token_ids=drafter.draft_token_ids,
+        ends=ends.eos_token_ids,
+        barred=target.unusable_ids(),
+    )
 
 
 def _counted(chunks: Iterator[torch.Tensor], sizes: list[int]) -> Iterator[torch.Tensor]:

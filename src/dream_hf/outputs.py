@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .choosing import Verdict
 from .compat import CACHE
 
 Layers = tuple[torch.Tensor, ...]
@@ -58,6 +57,11 @@ class Recorder:
         """Whether `scores` are returned, and seen by stopping criteria."""
         return bool(self.config.return_dict_in_generate and self.config.output_scores)
 
+    @property
+    def wants_choices(self) -> bool:
+        """Whether it is recorded what tokens were chosen from."""
+        return bool(self.config.return_dict_in_generate and (self.config.output_scores or self.config.output_logits))
+
     def add_prefill(self, scores: torch.Tensor, logits: torch.Tensor, outputs: Any) -> None:
         """Record the first token: processed and raw scores (B, V), and the prefill's outputs."""
         if not self.config.return_dict_in_generate:
@@ -71,17 +75,12 @@ class Recorder:
         if self.config.output_attentions:
             self.attentions.append(outputs.attentions)
 
-    def add_scores(self, verdict: Verdict, logits: torch.Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Record what was chosen from: row b's first `counts[b]` tokens have indices from `starts[b]` on."""
-        if not self.config.return_dict_in_generate:
-            return
-        rows = torch.arange(self.batch_size, device=logits.device)
-        for step in range(max(counts)):
-            taken = [row for row, count in enumerate(counts) if step < count]
-            if self.config.output_scores:
-                self._put(self.scores, verdict.scores_at(step), starts, step, taken)
-            if self.config.output_logits:
-                self._put(self.logits, logits[rows, verdict.acceptance.path[:, step]], starts, step, taken)
+    def add_choice(self, index: int, rows: Sequence[int], scores: torch.Tensor, logits: torch.Tensor) -> None:
+        """Record what the new token `index` of `rows` was chosen from: processed and raw scores (n, V), a row for each."""
+        if self.config.output_scores:
+            self._put(self.scores, index, rows, scores)
+        if self.config.output_logits:
+            self._put(self.logits, index, rows, logits)
 
     def add_states(
         self, outputs: Any, path: torch.Tensor, starts: Sequence[int], counts: Sequence[int], lengths: Sequence[int]
@@ -112,13 +111,6 @@ class Recorder:
         self.accepted.append([-1 if resting else count for count, resting in zip(kept, is_resting, strict=True)])
         self.drafted.append([-1 if resting else num_drafted for resting in is_resting])
 
-    def forget(self, row: int, count: int) -> None:
-        """Take back the last `count` tokens of a row."""
-        for step in reversed(self.accepted):
-            taken = min(count, max(step[row], 0))
-            step[row] -= taken
-            count -= taken
-
     def result(self, sequences: torch.Tensor, num_new: int, cache: Cache) -> DreamGenerateOutput | torch.Tensor:
         """What `generate()` returns, for `sequences` whose last `num_new` columns are new."""
         if not self.config.return_dict_in_generate:
@@ -138,12 +130,10 @@ class Recorder:
     def _table(self, steps: list[list[int]]) -> torch.Tensor:
         return torch.tensor(steps, dtype=torch.long).view(len(steps), self.batch_size).T
 
-    def _put(self, entries: list, values: torch.Tensor, starts: Sequence[int], step: int, rows: list[int]) -> None:
-        for row in rows:
-            index = starts[row] + step
-            while len(entries) <= index:
-                entries.append(torch.zeros_like(values))
-            entries[index][row] = values[row]
+    def _put(self, entries: list[torch.Tensor], index: int, rows: Sequence[int], values: torch.Tensor) -> None:
+        while len(entries) <= index:
+            entries.append(values.new_zeros(self.batch_size, values.shape[1]))
+        entries[index][list(rows)] = values
 
     def _put_layers(self, entries: list[Layers], values: Layers, index: int, row: int) -> None:
         while len(entries) <= index:

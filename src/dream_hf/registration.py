@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from os import PathLike
 from types import ModuleType
 from typing import Any
 
@@ -35,16 +36,21 @@ def unregister() -> None:
         sys.meta_path.remove(_finder)
     module = sys.modules.get(_GENERATION)
     if module is not None:
-        for name in ("_assisted_decoding", "_validate_generation_mode"):
-            hooked = module.GenerationMixin.__dict__[name]
+        for name in _HOOKS:
+            owner = _owner(module.GenerationMixin, name)
+            hooked = owner.__dict__[name]
             if getattr(hooked, "_is_dream_hook", False):
-                setattr(module.GenerationMixin, name, hooked.__wrapped__)
+                setattr(owner, name, hooked.__wrapped__)
 
 
 def _hook_generation(module: ModuleType) -> None:
-    mixin = module.GenerationMixin
-    _hook(mixin, "_assisted_decoding", _dispatching)
-    _hook(mixin, "_validate_generation_mode", _checking)
+    for name, make in _HOOKS.items():
+        _hook(_owner(module.GenerationMixin, name), name, make)
+
+
+def _owner(mixin: type, name: str) -> type:
+    """The class that defines a method of `GenerationMixin`."""
+    return next(owner for owner in mixin.__mro__ if name in owner.__dict__)
 
 
 def _hook(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -75,7 +81,13 @@ def _checking(validate_generation_mode: Callable) -> Callable:
     """`_validate_generation_mode` that first refuses what a drafter cannot serve, beam search among it."""
 
     def check(self: Any, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]) -> Any:
-        drafter = _drafter_in(generation_mode_kwargs.get("assistant_model"))
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if isinstance(assistant, (str, PathLike)):
+            raise TypeError(
+                f"`assistant_model` ({str(assistant)!r}) is the name of a model; pass the model itself: "
+                f"`DreamDrafter.from_pretrained({str(assistant)!r})` for a drafter."
+            )
+        drafter = _drafter_in(assistant)
         if drafter is not None:
             from .requests import check_request
 
@@ -83,6 +95,27 @@ def _checking(validate_generation_mode: Callable) -> Callable:
         return validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return check
+
+
+def _refusing(generate_batch: Callable) -> Callable:
+    """`generate_batch` (continuous batching) that refuses drafters; it would leave them unused without a word."""
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _drafter_in(kwargs.get("assistant_model")) is not None:
+            raise ValueError(
+                "`assistant_model` is a `DreamDrafter`, and `generate_batch` (continuous batching) takes no assistant. Use "
+                "`generate(assistant_model=drafter)`, which takes batches, or leave `assistant_model` out."
+            )
+        return generate_batch(self, *args, **kwargs)
+
+    return refuse
+
+
+_HOOKS: dict[str, Callable[[Callable], Callable]] = {
+    "_assisted_decoding": _dispatching,
+    "_validate_generation_mode": _checking,
+    "generate_batch": _refusing,
+}
 
 
 def _drafter_in(model: Any) -> Any:

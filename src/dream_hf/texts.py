@@ -18,33 +18,43 @@ class Texts:
     """
 
     def __init__(self, input_ids: torch.Tensor, pad_token_id: int):
-        self.ids = input_ids
+        self.ids = input_ids  # (B, room), written in place behind the prompt; never the caller's tensor by then
         self.pad_token_id = pad_token_id
         self.prompt_length = input_ids.shape[1]
         self.lengths = [self.prompt_length] * input_ids.shape[0]
 
     def extend(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
         """Append the first `counts[b]` of `tokens` (B, D) to row b."""
-        width = max(length + count for length, count in zip(self.lengths, counts, strict=True))
-        self._widen(width)
+        self._reserve(max(length + count for length, count in zip(self.lengths, counts, strict=True)))
         for row, count in enumerate(counts):
             self.ids[row, self.lengths[row] : self.lengths[row] + count] = tokens[row, :count]
             self.lengths[row] += count
 
-    def cut(self, row: int, length: int) -> None:
-        """Shorten a row to `length` tokens."""
-        self.ids[row, length:] = self.pad_token_id
-        self.lengths[row] = length
+    def append(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Append one of `tokens` to each of `rows`, which have equally many."""
+        length = self.lengths[rows[0]]
+        self._reserve(length + 1)
+        self.ids[rows, length] = self.ids.new_tensor(tokens)
+        for row in rows:
+            self.lengths[row] += 1
 
-    def at(self, length: int) -> torch.Tensor:
-        """All rows as they stood when they had `length` tokens, (B, length); rows that are not there yet are padded."""
-        self._widen(length)
-        return self.ids[:, :length]
+    def at(self, length: int, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Some rising rows, by default all, when they had `length` tokens, (n, length); rows that are not there are padded."""
+        self._reserve(length)
+        if rows is None or len(rows) == self.ids.shape[0]:
+            return self.ids[:, :length].contiguous()
+        return self.ids[list(rows), :length]
 
-    def _widen(self, width: int) -> None:
-        missing = width - self.ids.shape[1]
+    def column(self, place: int) -> torch.Tensor:
+        """The token of each row at one place, (B,)."""
+        self._reserve(place + 1)
+        return self.ids[:, place]
+
+    def _reserve(self, length: int) -> None:
+        """Make room for rows of `length` tokens, and for as many again, so that nothing is copied token by token."""
+        missing = length - self.ids.shape[1]
         if missing > 0:
-            padding = self.ids.new_full((self.ids.shape[0], missing), self.pad_token_id)
+            padding = self.ids.new_full((self.ids.shape[0], length), self.pad_token_id)
             self.ids = torch.cat([self.ids, padding], dim=1)
 
 
@@ -85,6 +95,11 @@ class Ends:
         known = [length for length in self.ended_at if length is not None]
         return max(known) if len(known) == len(self.ended_at) else None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether rows may have to go on after their end, for rows that have not met a criterion yet."""
+        return bool(self.others) and not self.pads_finished_rows
+
     def is_done(self, texts: Texts) -> bool:
         """Whether no row needs another token."""
         return self.end is not None and (self.pads_finished_rows or min(texts.lengths) >= self.end)
@@ -94,33 +109,40 @@ class Ends:
         ended_at = self.ended_at[row]
         return ended_at is not None and (self.pads_finished_rows or ended_at == self.max_length)
 
-    def overshoot(self, texts: Texts) -> list[int]:
-        """Tokens each row has beyond the end of the last one: rows that went on for others may have gone too far."""
-        return [max(length - (self.end or length), 0) for length in texts.lengths]
+    def look(
+        self,
+        texts: Texts,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        shown: Sequence[int],
+        scores: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """Find out which of `rows` end with the `tokens` they have just gained.
 
-    def cut(self, texts: Texts, gained: list[list[int]], scores: tuple[torch.Tensor, ...] | None) -> list[int]:
-        """Cut freshly extended `texts` at their ends; returns how many of the `gained` tokens each row keeps."""
-        starts = [length - len(tokens) for length, tokens in zip(texts.lengths, gained, strict=True)]
-        for length in range(min(starts) + 1, max(texts.lengths) + 1):
-            rows = [
-                row
-                for row, start in enumerate(starts)
-                if start < length <= texts.lengths[row] and self.ended_at[row] is None
-            ]
-            if not rows:
-                continue
-            seen = scores and scores[: length - texts.prompt_length]
-            others = self.others(texts.at(length), seen).tolist() if self.others else None
-            for row in rows:
-                token = gained[row][length - starts[row] - 1]
-                is_full = self.max_length is not None and length >= self.max_length
-                if is_full or token in self.eos_token_ids or (others is not None and others[row]):
-                    self.ended_at[row] = length
-        for row, start in enumerate(starts):
-            ended_at = self.ended_at[row]
-            if ended_at is not None and self.is_resting(row) and texts.lengths[row] > ended_at:
-                texts.cut(row, max(ended_at, start))
-        return [length - start for length, start in zip(texts.lengths, starts, strict=True)]
+        Args:
+            texts (`Texts`): All rows, those of `rows` of equal length.
+            rows, tokens (`Sequence[int]`): Rows, and the last token of each.
+            shown (`Sequence[int]`): Rows that criteria are shown, `rows` among them.
+            scores (`Sequence[torch.Tensor]`, *optional*): Scores (B, V) behind every new token, for criteria.
+        """
+        length = texts.lengths[rows[0]]
+        is_met = [False] * len(shown)
+        if self.others:
+            seen = None if scores is None else tuple(scores[: length - texts.prompt_length])
+            is_met = self.others(texts.at(length, shown), seen).tolist()  # type: ignore[arg-type]
+        stopped = {row for row, met in zip(shown, is_met, strict=True) if met}
+        for row, token in zip(rows, tokens, strict=True):
+            is_over = row in stopped or token in self.eos_token_ids or length == self.max_length
+            if is_over and self.ended_at[row] is None:
+                self.ended_at[row] = length
+
+    def cut(self, row: int, start: int, tokens: list[int]) -> int:
+        """End a row of `start` tokens with the first of `tokens` that ends it, criteria apart; returns how many it keeps."""
+        for count, token in enumerate(tokens, 1):
+            if token in self.eos_token_ids or start + count == self.max_length:
+                self.ended_at[row] = start + count
+                return count
+        return len(tokens)
 
 
 class Stream:
@@ -136,7 +158,7 @@ class Stream:
             return
         reached = [length for row, length in enumerate(texts.lengths) if not ends.is_resting(row)]
         for length in range(self.num_sent, min(reached) if reached else max(texts.lengths)):
-            self.streamer.put(texts.at(length + 1)[:, length].cpu())
+            self.streamer.put(texts.column(length).cpu())
             self.num_sent = length + 1
 
     def close(self) -> None:

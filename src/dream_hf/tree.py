@@ -60,3 +60,15 @@ class DraftTree:
     def num_nodes(self) -> int:
         """Nodes per row, the root included."""
         return self.tokens.shape[-1]
+
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """For each row, the node that a token leads to from a node: (node, token) -> child. One transfer to the host."""
+        tokens, parents = torch.stack([self.tokens, self.parents]).tolist()
+        found: list[dict[tuple[int, int], int]] = []
+        for row in zip(parents, tokens, strict=True):
+            edges: dict[tuple[int, int], int] = {}
+            for node, edge in enumerate(zip(*row, strict=True)):
+                if node:  # the root is nobody's child; of siblings with one token the first counts
+                    edges.setdefault(edge, node)
+            found.append(edges)
+        return found

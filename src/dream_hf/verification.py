@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,48 +71,6 @@ def accept_sampled(
         `Acceptance`
     """
     return accept_greedy(tree, sample(probabilities, generator))
-
-
-def accept_walking(
-    tree: DraftTree,
-    choose: Callable[[int, torch.Tensor], torch.Tensor],
-    is_active: torch.Tensor | None = None,
-    in_step: bool = False,
-) -> Acceptance:
-    """Walk from the root, asking for the target's choice only at visited nodes.
-
-    For choices that are costly, or that depend on having been made one after the other.
-
-    Args:
-        tree (`DraftTree`): The drafted tree.
-        choose (`Callable`): Given the step and the visited nodes (B,), returns the chosen tokens (B,).
-        is_active (`torch.BoolTensor` of shape `(B,)`, *optional*): Rows that walk; the others gain nothing.
-        in_step (`bool`): Stop all rows where the first one leaves its tree, so that all gain equally many tokens.
-
-    Returns:
-        `Acceptance`
-    """
-    batch = tree.tokens.shape[0]
-    node = tree.tokens.new_zeros(batch)
-    active = torch.ones(batch, dtype=torch.bool, device=node.device) if is_active is None else is_active
-    is_walking = active
-    lengths = torch.zeros_like(node)
-    path = tree.tokens.new_zeros(batch, tree.max_depth + 1)
-    tokens = torch.zeros_like(path)
-    for step in range(tree.max_depth + 1):
-        choice = choose(step, node)
-        path[:, step] = torch.where(is_walking, node, 0)
-        tokens[:, step] = choice
-        lengths += is_walking
-        is_child = (tree.parents == node[:, None]) & (tree.tokens == choice[:, None])
-        is_child[:, 0] = False
-        is_walking = is_walking & is_child.any(-1)
-        if in_step:
-            is_walking = is_walking & (is_walking | ~active).all()
-        if not is_walking.any():
-            break
-        node = torch.where(is_walking, is_child.int().argmax(-1), node)
-    return Acceptance(path, tokens, lengths)
 
 
 def sample(probabilities: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
