@@ -18,7 +18,21 @@ import torch
 from torch import Tensor, nn
 
 LIFTED = ("transformers.models.", "transformers.integrations.")
-EXACT = {"rtol": 1e-9, "atol": 1e-9}  # for torch.testing.assert_close of float64
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}  # for torch.testing.assert_close of float64
+
+
+def tolerance(expected: Tensor) -> dict[str, float]:
+    """How near a value computed in float64 must come to `expected`: [`TIGHT`], or a few roundings where it was cast."""
+    if expected.dtype == torch.float64:
+        return TIGHT
+    finite = expected[expected.abs() < 1e6]  # processors write the lowest number there is, too
+    largest = float(finite.abs().max()) if finite.numel() else 1.0
+    return {"rtol": 0.0, "atol": 4 * torch.finfo(expected.dtype).eps * max(largest, 1.0)}
+
+
+def doubles(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    """Normal random numbers in float64, those of float32."""
+    return torch.randn(*shape, generator=generator).double()
 
 
 @contextmanager

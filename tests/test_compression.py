@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from double import TIGHT, doubles
 from families import family
 
 from dream_hf import DreamConfig, DreamDrafter, generation
@@ -21,10 +22,10 @@ def slow_novelty(features, is_visual):
 @pytest.mark.parametrize("chunk_size", [1, 4, 11, 1024])
 def test_novelty_equals_a_slow_count(chunk_size):
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 11, 6, generator=generator) * 5
+    features = doubles(2, 11, 6, generator=generator) * 5
     is_visual = torch.rand(2, 11, generator=generator) < 0.7
     found = novelty(features, is_visual, chunk_size)
-    torch.testing.assert_close(found.double(), slow_novelty(features, is_visual), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, slow_novelty(features, is_visual), **TIGHT)
 
 
 def test_of_several_alike_the_first_is_kept():

@@ -76,7 +76,8 @@ def novelty(features: torch.Tensor, is_visual: torch.Tensor, chunk_size: int = 1
     Returns:
         `torch.Tensor` of shape `(B, T)`: Between 0 and 2; the first visual token has 2.
     """
-    directions = torch.nn.functional.normalize(features.float(), dim=-1)
+    precise = features.to(torch.promote_types(features.dtype, torch.float32))
+    directions = torch.nn.functional.normalize(precise, dim=-1)
     columns = torch.arange(features.shape[1], device=features.device)
     nearest = []
     for some in columns.split(chunk_size):
