@@ -91,7 +91,8 @@ class Published:
         return heads.repeat_interleave(self.groups, dim=1)
 
     def rotate(self, heads, positions):
-        angles = positions[:, None] / THETA ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        frequencies = 1 / THETA ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)  # float32, as published
+        angles = positions[:, None] * frequencies.double()
         angles = torch.cat([angles, angles], -1)
         first, second = heads.chunk(2, -1)
         return heads * angles.cos() + torch.cat([-second, first], -1) * angles.sin()

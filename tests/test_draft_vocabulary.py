@@ -106,6 +106,7 @@ def wrapped(head: nn.Linear) -> nn.Module:
             return super().forward(hidden) + 1.0
 
     other = Other(head.in_features, head.out_features, bias=head.bias is not None)
+    other = other.to(head.weight.dtype)
     other.load_state_dict(head.state_dict())
     return other
 

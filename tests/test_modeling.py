@@ -250,7 +250,9 @@ def test_save_and_load_give_the_same_outputs(block_types, tmp_path):
     drafter, inputs = make_drafter(block_types=block_types, legacy=True, normalize_inputs=False), make_inputs()
     drafter.save_pretrained(tmp_path)
     for loaded in (DreamDrafter.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
-        assert torch.equal(both(loaded(*inputs)), both(drafter(*inputs)))
+        assert all(torch.equal(value, drafter.state_dict()[name]) for name, value in loaded.state_dict().items())
+        # Not to the bit: how a product is summed depends on where in memory its weights lie.
+        assert_close(both(doubled(loaded)(*inputs)), both(drafter(*inputs)))
         assert loaded.config.block_types == block_types
         assert loaded.config.library_versions["transformers"] and not loaded.training
 

@@ -84,6 +84,7 @@ def make_target(model_type, settings):
             for weight in target.parameters():
                 if weight.ndim > 1:
                     weight.mul_(8)
+    target.set_experts_implementation("eager")  # the grouped product of others takes no float64
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
     return target
