@@ -21,13 +21,17 @@ LIFTED = ("transformers.models.", "transformers.integrations.")
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}  # for torch.testing.assert_close of float64
 
 
-def tolerance(expected: Tensor) -> dict[str, float]:
-    """How near a value computed in float64 must come to `expected`: [`TIGHT`], or a few roundings where it was cast."""
-    if expected.dtype == torch.float64:
+def tolerance(expected: Tensor, dtype: torch.dtype | None = None, roundings: int = 4) -> dict[str, float]:
+    """How near another way of computing must come to `expected`: [`TIGHT`] in float64, else a few roundings of its size.
+
+    `dtype` is the least precise one on the way, by default that of `expected`.
+    """
+    dtype = expected.dtype if dtype is None else dtype
+    if dtype == torch.float64:
         return TIGHT
     finite = expected[expected.abs() < 1e6]  # processors write the lowest number there is, too
     largest = float(finite.abs().max()) if finite.numel() else 1.0
-    return {"rtol": 0.0, "atol": 4 * torch.finfo(expected.dtype).eps * max(largest, 1.0)}
+    return {"rtol": 0.0, "atol": roundings * torch.finfo(dtype).eps * max(largest, 1.0)}
 
 
 def doubles(*shape: int, generator: torch.Generator | None = None) -> Tensor:
