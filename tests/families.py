@@ -15,6 +15,7 @@ from typing import Any
 import family_configs as configs
 import torch
 import transformers
+from double import doubled
 from family_configs import BOS, BREAK, END, IMAGE, PAD, PLACEHOLDERS, START, TEXT_IDS, VIDEO
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
@@ -73,23 +74,26 @@ class Family:
         return self.draw_image is not None
 
     def make_target(
-        self, seed: int = 0, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32
+        self, seed: int = 0, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float64
     ) -> Target:
         """Build the target in eval mode, without an end-of-sequence token; the global random state is left alone.
 
+        In float64 no tie between tokens hides behind rounding; the weights are those of float32.
         `attn_implementation="sdpa"` is transformers' default: sdpa in every part of the model that supports it.
         """
         config = self.make_config()
         model_class = getattr(transformers, _architecture(config))
+        is_double = dtype == torch.float64
         choice = None if attn_implementation == "sdpa" else attn_implementation
         seed = zlib.crc32(f"{self.name} {seed}".encode())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            target = model_class._from_config(config, attn_implementation=choice, dtype=dtype)
+            built_in = torch.float32 if is_double else dtype  # random numbers of float64 would be others
+            target = model_class._from_config(config, attn_implementation=choice, dtype=built_in)
         _redraw_weights(target, torch.Generator().manual_seed(seed))
         _quieten_placeholders(target)
         target.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=None, pad_token_id=PAD)
-        return target.requires_grad_(False).eval()
+        return (doubled(target) if is_double else target).requires_grad_(False).eval()
 
     def make_rows(
         self,

@@ -96,8 +96,8 @@ def texts_of(decoding: Any) -> list[Tensor]:
 
 
 def verify_tree(decoding: Any, tree: DraftTree) -> Tensor:  # (B, N, V)
-    """Logits of all nodes in one forward of the decoding loop."""
-    return decoding._forward(tree).logits[:, -tree.num_nodes :].float()
+    """Logits of all nodes in one forward of the decoding loop, in the target's dtype."""
+    return decoding._forward(tree).logits[:, -tree.num_nodes :]
 
 
 def sequential_logits(
@@ -110,6 +110,8 @@ def sequential_logits(
         paths.append(torch.cat([text, tree.tokens[row, nodes]]))
     sequences = nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=TEXT_IDS[0])
     sequences = nn.functional.pad(sequences, (0, 1), value=TEXT_IDS[0])
-    out = force(target, inputs, sequences)
+    logits = []  # of each step, in the target's dtype: `generate()` returns them in float32
+    with target.register_forward_hook(lambda module, arguments, out: logits.append(out.logits[:, -1])):
+        force(target, inputs, sequences)
     start = inputs["input_ids"].shape[1]
-    return torch.stack([out.logits[len(path) - start][row] for row, path in enumerate(paths)])
+    return torch.stack([logits[len(path) - start][row] for row, path in enumerate(paths)])

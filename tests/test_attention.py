@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from double import TIGHT, doubles
 from families import FAMILIES, family
 from lossless import generate, untrained
 from torch import Tensor
@@ -37,22 +38,22 @@ def test_statistics_agree_with_eager_probabilities(monkeypatch, family, batch, c
         is_real = inputs["attention_mask"].bool()
         for index, chunks in seen.items():
             # What padding attends to is nobody's business.
-            mask = is_real[:, None, :, None].float()
-            wanted = expected[index].float() * mask
+            mask = is_real[:, None, :, None]
+            wanted = expected[index] * mask
             got = torch.cat(chunks, dim=2) * mask
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, wanted, **TIGHT)
         assert set(seen) == set(range(len(modules)))
 
 
 def test_what_is_received_and_entropy():
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 4, 6, 8, generator=generator), torch.randn(2, 2, 6, 8, generator=generator)
+    query, key = doubles(2, 4, 6, 8, generator=generator), doubles(2, 2, 6, 8, generator=generator)
     mask = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
     mask[1, :, :, :2] = False  # padding: its own queries see nothing
     received = attention_received(attention_chunks(query, key, mask, 0.3))
     entropy = attention_entropy(attention_chunks(query, key, mask, 0.3))
     for row in range(2):
-        want_received, want_entropy = torch.zeros(6), torch.zeros(6)
+        want_received, want_entropy = torch.zeros(2, 6, dtype=torch.float64)
         for head in range(4):
             for position in range(6):
                 keys = [k for k in range(6) if mask[row, 0, position, k]]
@@ -63,14 +64,14 @@ def test_what_is_received_and_entropy():
                 ).softmax(0)
                 want_received[keys] += weights
                 want_entropy[position] -= (weights * weights.log()).sum() / 4
-        torch.testing.assert_close(received[row], want_received, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(entropy[row], want_entropy, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(received[row], want_received, **TIGHT)
+        torch.testing.assert_close(entropy[row], want_entropy, **TIGHT)
 
 
 @pytest.mark.parametrize("kind", ["none", "2D", "additive"])
 def test_masks_in_every_form(kind):
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 2, 7, 8, generator=generator)
+    query, key = doubles(1, 2, 3, 8, generator=generator), doubles(1, 2, 7, 8, generator=generator)
     visible = torch.arange(7) <= torch.arange(4, 7)[:, None]
     masks = {
         "none": None,
@@ -80,7 +81,7 @@ def test_masks_in_every_form(kind):
     if kind == "2D":
         visible = visible & masks["2D"].bool()
     wanted = (query @ key.transpose(2, 3) * 0.5).masked_fill(~visible, -torch.inf).softmax(-1)
-    torch.testing.assert_close(torch.cat(list(attention_chunks(query, key, masks[kind], 0.5)), dim=2), wanted)
+    torch.testing.assert_close(torch.cat(list(attention_chunks(query, key, masks[kind], 0.5)), dim=2), wanted, **TIGHT)
 
 
 @pytest.mark.parametrize("place", ["global", "local", "local, during the scope", "another name"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from double import TIGHT
 from families import FAMILIES, family
 from lossless import SMALL_TREE, assert_same_tokens, gains, generate, oracle, stop_tokens, untrained
 from torch import Tensor
@@ -33,7 +34,7 @@ def assert_same_cache(expected: Cache, actual: Cache, is_real: Tensor | None = N
             if is_real is not None:
                 mask = is_real[:, None, -wanted.shape[2] :, None]
                 wanted, got = wanted * mask, got * mask
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, wanted, **TIGHT)
 
 
 # --- after generation ---
@@ -187,11 +188,11 @@ def test_slots_hold_what_was_kept(window, seed):
         assert offset == first and keys.shape[2] == slots.end + num_nodes - first
         for row, length in enumerate(slots.lengths):
             behind = slice(length - first, length - first + num_nodes)
-            torch.testing.assert_close(keys[row, :, behind], nodes[row])
+            torch.testing.assert_close(keys[row, :, behind], nodes[row], rtol=0, atol=0)
             seen = slice(max(length - (window or length) + 1 - first, 0), length - first)
             wanted = torch.stack(kept[row][first + seen.start :], dim=1)
-            torch.testing.assert_close(keys[row, :, seen], wanted)
-            torch.testing.assert_close(values[row, :, seen], -wanted)
+            torch.testing.assert_close(keys[row, :, seen], wanted, rtol=0, atol=0)
+            torch.testing.assert_close(values[row, :, seen], -wanted, rtol=0, atol=0)
         path = torch.stack([torch.randperm(num_nodes, generator=generator)[:3].sort().values for _ in range(batch)])
         counts = torch.randint(0, 4, (batch,), generator=generator).tolist()
         layer.keep(path)
@@ -262,7 +263,7 @@ def test_a_cache_gets_its_own_layers_back(error):
     for index in range(len(cache.layers)):
         token = some(2, 1, generator)
         got, wanted = cache.update(token, token, index), plain.update(token, token, index)
-        torch.testing.assert_close(got[0], wanted[0])
+        torch.testing.assert_close(got[0], wanted[0], rtol=0, atol=0)
 
 
 def test_layers_that_hold_more_are_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distributions import draw, exact_joint, p_value, tiny_llama, tiny_prompt
+from double import TIGHT, tolerance
 from families import FAMILIES, Family, Target, family
 from oracle import make_oracle, make_plan
 from peft import LoraConfig, get_peft_model
@@ -79,7 +80,7 @@ def test_it_drafts_what_our_own_loop_drafts(name, monkeypatch):
     ours, theirs = drafts(generation, dream_hf.dream_generate), drafts(candidate_generator, dream_chain_generate)
     assert len(theirs) >= 5
     for mine, other in zip(ours, theirs, strict=False):  # ours also drafts for the last token
-        torch.testing.assert_close(mine[0], other[0], rtol=0, atol=2e-4)
+        torch.testing.assert_close(mine[0], other[0], **TIGHT)
         assert torch.equal(mine[1], other[1]) and torch.equal(mine[2], other[2])
 
 
@@ -107,7 +108,8 @@ def test_processors_stops_and_outputs_are_those_of_the_loop():
     oracle = make_oracle(target, make_plan(expected.sequences, inputs["attention_mask"], 6, decoys=False))
     out = chain(target, oracle, inputs, **settings)
     assert torch.equal(out.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), rtol=0, atol=1e-3)
+    scores = torch.stack(expected.scores)
+    torch.testing.assert_close(torch.stack(out.scores), scores, **tolerance(scores))
     stop = int(expected.sequences[0, -6])
     assert torch.equal(
         chain(target, oracle, inputs, eos_token_id=stop, repetition_penalty=1.3, no_repeat_ngram_size=2),

@@ -11,6 +11,7 @@ import weakref
 import peft
 import pytest
 import torch
+from double import TIGHT
 from families import FAMILIES, family
 from lossless import CHAIN, SMALL_TREE, assert_same_tokens, gains, generate, oracle, stop_tokens, untrained
 from torch import nn
@@ -108,10 +109,10 @@ def test_the_cache_and_the_states_that_are_returned(name):
     assert type(out.past_key_values) is DynamicCache
     for ours, theirs in zip(out.past_key_values.layers, eager.past_key_values.layers, strict=True):
         assert type(ours) is type(theirs)
-        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-4)
-        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.keys, theirs.keys, **TIGHT)
+        torch.testing.assert_close(ours.values, theirs.values, **TIGHT)
     for ours, theirs in zip(out.hidden_states, eager.hidden_states, strict=True):
-        torch.testing.assert_close(ours[-1], theirs[-1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours[-1], theirs[-1], **TIGHT)
 
 
 def test_inductor():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from double import TIGHT, doubles
 from families import family
 
 from dream_hf import DreamConfig, DreamDrafter, generation
@@ -23,11 +24,10 @@ def slow_novelty(features, is_visual):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_novelty_equals_a_slow_count(share, num_compared):
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(3, 13, 6, generator=generator, dtype=torch.float64) * 5
+    features = doubles(3, 13, 6, generator=generator) * 5
     is_visual = torch.rand(3, 13, generator=generator) < share
     found = novelty(features, is_visual, num_compared)
-    torch.testing.assert_close(found, slow_novelty(features, is_visual), atol=1e-9, rtol=0)
-    torch.testing.assert_close(novelty(features.float(), is_visual, num_compared).double(), found, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, slow_novelty(features, is_visual), **TIGHT)
 
 
 def test_of_several_alike_the_first_is_kept():

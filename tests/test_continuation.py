@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from double import TIGHT
 from families import family
 
 import dream_hf  # noqa: F401
@@ -65,8 +66,8 @@ def test_second_turn_continues_the_drafter(pair, monkeypatch):
     assert continued.features.lengths == fresh.features.lengths
     for ours, theirs in zip(continued.cache.layers, fresh.cache.layers, strict=True):
         end = ours.slots.longest
-        torch.testing.assert_close(ours.keys[:, :, :end], theirs.keys[:, :, :end], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours.values[:, :, :end], theirs.values[:, :, :end], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.keys[:, :, :end], theirs.keys[:, :, :end], **TIGHT)
+        torch.testing.assert_close(ours.values[:, :, :end], theirs.values[:, :, :end], **TIGHT)
 
 
 def test_the_last_step_is_not_read_before_it_is_needed(pair, monkeypatch):

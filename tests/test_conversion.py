@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from double import TIGHT, doubled, doubles
 from published import (
     EPS,
     HEAD_DIM,
@@ -90,7 +91,8 @@ class Published:
         return heads.repeat_interleave(self.groups, dim=1)
 
     def rotate(self, heads, positions):
-        angles = positions[:, None] / THETA ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        frequencies = 1 / THETA ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)  # float32, as published
+        angles = positions[:, None] * frequencies.double()
         angles = torch.cat([angles, angles], -1)
         first, second = heads.chunk(2, -1)
         return heads * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
@@ -105,7 +107,7 @@ class Published:
 
 def assert_close(output, expected):
     for ours, theirs in zip((output.last_hidden_state, output.mid_hidden_state), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, **TIGHT)
 
 
 @pytest.fixture(params=SHAPES)
@@ -114,7 +116,8 @@ def converted(request, tmp_path):
     weights = published_weights(request.param)
     source = write_published(tmp_path / "published", weights, published_config(request.param))
     convert_checkpoint(source, tmp_path / "converted")
-    return DreamDrafter.from_pretrained(tmp_path / "converted"), weights, request.param
+    drafter = doubled(DreamDrafter.from_pretrained(tmp_path / "converted"))
+    return drafter, {name: weight.double() for name, weight in weights.items()}, request.param
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -122,7 +125,7 @@ def converted(request, tmp_path):
 def test_full_pass_is_the_published_arithmetic(converted, attn_implementation):
     drafter, weights, num_key_value_heads = converted
     drafter.set_attn_implementation(attn_implementation)
-    embeddings, features = torch.randn(2, 11, HIDDEN), torch.randn(2, 10, HIDDEN) * 3
+    embeddings, features = doubles(2, 11, HIDDEN), doubles(2, 10, HIDDEN) * 3
     assert_close(drafter(embeddings, features), Published(weights, num_key_value_heads)(embeddings, features))
 
 
@@ -130,7 +133,7 @@ def test_full_pass_is_the_published_arithmetic(converted, attn_implementation):
 def test_cached_steps_are_the_published_arithmetic(converted):
     drafter, weights, num_key_value_heads = converted
     published, cache = Published(weights, num_key_value_heads), DynamicCache()
-    embeddings, features = torch.randn(1, 12, HIDDEN), torch.randn(1, 11, HIDDEN)
+    embeddings, features = doubles(1, 12, HIDDEN), doubles(1, 11, HIDDEN)
     for start, stop in ((0, 6), (6, 7), (7, 8), (8, 12)):
         new = embeddings[:, start:stop], features[:, max(start - 1, 0) : stop - 1]
         assert_close(drafter(*new, past_key_values=cache), published(*new))
@@ -140,12 +143,12 @@ def test_cached_steps_are_the_published_arithmetic(converted):
 def test_the_first_token_averages_all_features(converted):
     """Without `legacy` the first token reads nothing, so the difference must show there and nowhere before block 2."""
     drafter, *_ = converted
-    embeddings, features = torch.randn(1, 5, HIDDEN), torch.randn(1, 4, HIDDEN)
+    embeddings, features = doubles(1, 5, HIDDEN), doubles(1, 4, HIDDEN)
     legacy = drafter(embeddings, features).mid_hidden_state
     drafter.config.legacy = False
     defined = drafter(embeddings, features).mid_hidden_state
     assert not torch.allclose(legacy[:, 0], defined[:, 0], atol=1e-3)
-    torch.testing.assert_close(legacy[:, 1:], defined[:, 1:])
+    torch.testing.assert_close(legacy[:, 1:], defined[:, 1:], **TIGHT)
 
 
 # -- keys -----------------------------------------------------------------------------------------------------------------

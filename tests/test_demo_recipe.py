@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from double import tolerance
 
 from dream_hf.demo import make_examples, make_rows
 from dream_hf.demo.rows import TASKS, sample_truth, to_messages
@@ -93,7 +94,7 @@ def test_a_packed_turn_is_the_turn_alone(processor, target, task):
             num_found += 1
             alone = target.model(**inputs).last_hidden_state[0, NUM_PREFIX:-1]
             here = slice(starts[0], starts[0] + len(ids) - 1)
-            assert torch.allclose(packed[here], alone, atol=1e-4)
+            torch.testing.assert_close(packed[here], alone, **tolerance(alone, roundings=32))
             answer = [*tokenizer(turn.answer).input_ids, tokenizer.eos_token_id]
             assert labels[here][labels[here] != IGNORE].tolist() == answer
     assert num_found >= 3

@@ -7,6 +7,7 @@ import pytest
 import torch
 from answered import answer
 from distributions import draw, exact_joint, p_value, tiny_llama, tiny_prompt
+from double import doubles
 from families import family
 from lossless import CHAIN, assert_counts_add_up, assert_same_tokens, gains, generate, oracle, untrained
 from test_metrics import batch_of, imitate
@@ -105,6 +106,7 @@ def wrapped(head: nn.Linear) -> nn.Module:
             return super().forward(hidden) + 1.0
 
     other = Other(head.in_features, head.out_features, bias=head.bias is not None)
+    other = other.to(head.weight.dtype)
     other.load_state_dict(head.state_dict())
     return other
 
@@ -116,13 +118,13 @@ def test_reduced_logits_are_the_targets_own(kind, rule):
     drafter = untrained(target)
     view = Target(target)
     if kind == "bias":
-        view.lm_head = nn.Linear(view.lm_head.in_features, view.lm_head.out_features)
+        view.lm_head = nn.Linear(view.lm_head.in_features, view.lm_head.out_features).double()
     elif kind == "hooked":
         view.lm_head.register_forward_hook(lambda module, args, output: output * 2.0)
     elif kind == "other":
         view.lm_head = wrapped(view.lm_head)
     drafter.set_draft_vocabulary(every_third(drafter))
-    features = torch.randn(2, 3, drafter.config.hidden_size)
+    features = doubles(2, 3, drafter.config.hidden_size)
     with torch.no_grad():
         logits = view.draft_logits(drafter)
         view.logit_rule = rule  # learnt in the prefill, after the head has been asked for
@@ -135,7 +137,7 @@ def test_rows_follow_the_weights_and_stay_where_they_are():
     target = family("llama").make_target()
     drafter = untrained(target)
     drafter.set_draft_vocabulary(every_third(drafter))
-    view, features = Target(target), torch.randn(1, drafter.config.hidden_size)
+    view, features = Target(target), doubles(1, drafter.config.hidden_size)
     with torch.inference_mode():
         view.draft_logits(drafter)
     place = draft_vocabulary._rows[drafter][view.lm_head].weight.data_ptr()

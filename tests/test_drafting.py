@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from double import TIGHT, doubled, doubles
 from families import family
 from lossless import generate, open_gates, oracle, untrained
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from dream_hf.modeling_dream import DraftMasks
 from dream_hf.targets import Target
 
 VOCABULARY, WIDTH = 40, 16
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 each_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
@@ -34,13 +34,13 @@ def make_drafter(attention: str = "sdpa", seed: int = 0, **config: Any) -> Dream
         for module in drafter.modules():
             if isinstance(module, nn.Linear):
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / module.in_features**0.5)
-    return open_gates(drafter).requires_grad_(False)
+    return doubled(open_gates(drafter)).requires_grad_(False)
 
 
 def make_head(seed: int = 0, sharpness: float = 0.7) -> TargetHead:
     generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(VOCABULARY, WIDTH, generator=generator)
-    weight = torch.randn(VOCABULARY, WIDTH, generator=generator) * sharpness
+    table = doubles(VOCABULARY, WIDTH, generator=generator)
+    weight = doubles(VOCABULARY, WIDTH, generator=generator) * sharpness
     return TargetHead(embed=lambda ids: table[ids], logits=lambda features: features @ weight.T)
 
 
@@ -48,8 +48,8 @@ def draw(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Embeddings (B, T, H) and features (B, T - 1, H)."""
     generator = torch.Generator().manual_seed(100 + seed)
     return (
-        torch.randn(batch, length, WIDTH, generator=generator),
-        torch.randn(batch, length - 1, WIDTH, generator=generator),
+        doubles(batch, length, WIDTH, generator=generator),
+        doubles(batch, length - 1, WIDTH, generator=generator),
     )
 
 
@@ -72,7 +72,7 @@ def test_a_cache_changes_nothing(attention, cuts):
         piece = features[:, max(start - 1, 0) : end - 1]
         parts.append(full_pass(drafter, embeds[:, start:end], piece, past_key_values=cache))
         start = end
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **TIGHT)
 
 
 @each_attention
@@ -85,7 +85,7 @@ def test_left_padding_changes_nothing(attention):
     padded_features = torch.cat([junk, features], dim=1)
     mask = torch.tensor([[0] * 5 + [1] * 9])
     out = full_pass(drafter, padded, padded_features, attention_mask=mask)[:, 5:]
-    torch.testing.assert_close(out, full_pass(drafter, embeds, features), **CLOSE)
+    torch.testing.assert_close(out, full_pass(drafter, embeds, features), **TIGHT)
 
 
 def read_in_steps(state: DrafterState, texts: list[tuple[Tensor, Tensor]], steps: list[list[int]]) -> None:
@@ -93,7 +93,7 @@ def read_in_steps(state: DrafterState, texts: list[tuple[Tensor, Tensor]], steps
     taken = [0] * len(texts)
     for number, counts in enumerate(steps):
         width = max(counts)
-        embeds, features = torch.randn(len(texts), width, WIDTH), torch.randn(len(texts), width - (number == 0), WIDTH)
+        embeds, features = doubles(len(texts), width, WIDTH), doubles(len(texts), width - (number == 0), WIDTH)
         positions = torch.zeros(len(texts), width, dtype=torch.long)
         for row, count in enumerate(counts):
             start = taken[row]
@@ -128,7 +128,7 @@ def test_ragged_rows_read_as_alone(attention, num_steps):
     state, texts = make_state(drafter, steps=STEPS[:num_steps])
     for row, (embeds, features) in enumerate(texts):
         alone = full_pass(drafter, embeds[None], features[None])[0, -1]
-        torch.testing.assert_close(state.root_features[row, 0], alone, **CLOSE)
+        torch.testing.assert_close(state.root_features[row, 0], alone, **TIGHT)
         assert int(state.root_positions[row]) == len(embeds) - 1
 
 
@@ -136,7 +136,7 @@ def test_resting_rows_read_nothing():
     drafter = make_drafter()
     state, _ = make_state(drafter)
     read_in_steps_before = state.tokens.lengths
-    state.read(torch.randn(3, 2, WIDTH), torch.randn(3, 2, WIDTH), torch.full((3, 2), 20), [2, 0, 1])
+    state.read(doubles(3, 2, WIDTH), doubles(3, 2, WIDTH), torch.full((3, 2), 20), [2, 0, 1])
     assert state.tokens.lengths == [length + n for length, n in zip(read_in_steps_before, (2, 0, 1), strict=True)]
     assert state.features.lengths == [length - 1 for length in state.tokens.lengths]
 
@@ -207,11 +207,11 @@ def test_growing_leaves_the_state_as_it_was(attention):
     again = grow_tree(state, head, roots, drafter.config)
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.parents, again.parents)
     untouched, _ = make_state(drafter)
-    more, more_features = torch.randn(3, 2, WIDTH), torch.randn(3, 2, WIDTH)
+    more, more_features = doubles(3, 2, WIDTH), doubles(3, 2, WIDTH)
     for each in (state, untouched):
         positions = torch.tensor(each.tokens.lengths)[:, None] + torch.arange(2)
         each.read(more, more_features, positions, [2, 1, 2])
-    torch.testing.assert_close(state.root_features, untouched.root_features, **CLOSE)
+    torch.testing.assert_close(state.root_features, untouched.root_features, **TIGHT)
 
 
 def test_a_kept_node_s_parent_is_kept():
@@ -394,7 +394,7 @@ def test_the_drafter_reads_the_accepted_text(monkeypatch, name, batch, guidance)
         torch.testing.assert_close(embeds, target.get_input_embeddings()(tokens[None])[0])
         # The feature read with a token is the one that produced it: the root's comes with the first accepted token.
         wanted = torch.stack([expected.hidden_states[step][-1][row, -1] for step in range(1, num_read + 1)])
-        torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(features, wanted, **TIGHT)
         num_real = int(inputs["attention_mask"][row].sum())
         assert positions.tolist() == list(range(num_real + 1, num_real + 1 + num_read))
 
@@ -424,4 +424,4 @@ def test_the_drafter_s_prompt_keeps_what_receives_most_attention(monkeypatch, na
         assert positions[row, : len(kept)].tolist() == [slot - offset for slot in kept]
         assert int(positions[row, len(kept)]) == int(is_real[row].sum())
         wanted = outputs.hidden_states[-1][row, kept]
-        torch.testing.assert_close(features[row, : len(kept)], wanted, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(features[row, : len(kept)], wanted, **TIGHT)

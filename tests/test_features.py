@@ -3,6 +3,7 @@
 import pytest
 import torch
 from answered import Answered, answer
+from double import TIGHT
 from families import FAMILIES, family
 
 from dream_hf.drafter_state import DrafterState
@@ -75,7 +76,7 @@ def test_selected_feature_equals_reference_from_all_maps(name, mode):
     made, _ = extract(target, text, LayerSelection(mode, layers))
     expected, chosen = reference_selection(target, text, layers, mode)
     assert made.mid.shape == expected.shape == (sum(LENGTHS), expected.shape[1])
-    torch.testing.assert_close(made.mid, expected, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(made.mid, expected, **TIGHT)
     if mode == "token" and name != "paligemma2":
         assert len(set(chosen)) > 1  # there was a choice
 
@@ -91,7 +92,7 @@ def test_static_layer_is_that_layers_output(layer):
         target(**text.inputs)
     hook.remove()
     hidden = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-    torch.testing.assert_close(made.mid, hidden[:, :-1][text.answer_mask[:, 1:]])
+    torch.testing.assert_close(made.mid, hidden[:, :-1][text.answer_mask[:, 1:]], **TIGHT)
 
 
 def test_candidates_are_those_of_the_published_code():
@@ -157,8 +158,8 @@ def test_training_reads_what_decoding_reads(name, importance, monkeypatch):
         count = int(batch.text.counts[row])
         assert len(features) < len(embeds) <= count  # the last tokens are never read
         assert batch.text.positions[row, : len(positions)].tolist() == positions.tolist()
-        torch.testing.assert_close(batch.text.embeds[row, : len(embeds)], embeds, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(batch.text.features[row, : len(features)], features, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(batch.text.embeds[row, : len(embeds)], embeds, **TIGHT)
+        torch.testing.assert_close(batch.text.features[row, : len(features)], features, **TIGHT)
         num_visual = int(Target(target).is_visual(prompt["input_ids"]).sum())
         assert count == prompt["input_ids"].shape[1] + length - num_visual // 2
 
@@ -221,7 +222,7 @@ def test_rollout_equals_drafting_a_chain(name, config):
             is_same_row = base + step.index < len(rows) and rows[base + step.index] == row
             assert len(at) == int(is_same_row)
             if chain is not None and is_same_row:
-                torch.testing.assert_close(step.hidden[at[0]], chain[step.index], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(step.hidden[at[0]], chain[step.index], **TIGHT)
                 compared += 1
     assert compared > 10
 
@@ -257,7 +258,7 @@ def test_a_share_of_the_chains_says_what_all_of_them_say():
             base + part.index for base in bases.tolist() if base + part.index in known
         ]
         at = [known.index(prediction) for prediction in part.predictions.tolist()]
-        torch.testing.assert_close(part.hidden, whole.hidden[at], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(part.hidden, whole.hidden[at], **TIGHT)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 1.0])
@@ -318,7 +319,7 @@ def test_gradient_checkpointing_changes_nothing(num_steps):
         sum(step.hidden.square().sum() for step in roll_out(drafter, batch, batch.text.features, num_steps)).backward()
         gradients.append({name: value.grad for name, value in drafter.named_parameters()})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, **TIGHT, msg=name)
 
 
 def test_step_cache_takes_the_same_update_twice():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from double import TIGHT
 from test_modeling import ABLATIONS, HIDDEN, make_drafter, make_inputs
 from torch import nn
 
@@ -36,7 +37,7 @@ def run(drafter, is_lean):
 def test_it_computes_what_the_modules_compute(block_types, heads):
     drafter = make_drafter(block_types=block_types, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     with torch.no_grad():
-        torch.testing.assert_close(run(drafter, True), run(drafter, False), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run(drafter, True), run(drafter, False), **TIGHT)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_it_computes_what_the_modules_compute(block_types, heads):
 def test_it_follows_the_config(config):
     drafter = make_drafter(**config)
     with torch.no_grad():
-        torch.testing.assert_close(run(drafter, True), run(drafter, False), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run(drafter, True), run(drafter, False), **TIGHT)
 
 
 class CountingLinear(nn.Linear):
@@ -104,4 +105,4 @@ def test_beams_below_a_text_of_one_token_stand_where_they_belong():
             for level in (1, 2):
                 sees = torch.ones(2, 1, 1 + level, dtype=torch.bool)
                 found.append(state.beams(embeds[:, level : level + 1], features[:, level : level + 1], sees, level))
-    torch.testing.assert_close(found[:2], found[2:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:2], found[2:], **TIGHT)

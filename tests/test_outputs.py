@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from double import tolerance
 from families import FAMILIES, family
 from lossless import CHAIN, assert_same_tokens, gains, generate, oracle, stop_tokens, untrained
 from torch import Tensor
@@ -33,7 +34,7 @@ def assert_same_steps(expected: tuple, actual: tuple, lengths: list[int]) -> Non
             assert other.shape == one.shape and other.dtype == one.dtype, step
             for row, length in enumerate(lengths):
                 if step < length:
-                    torch.testing.assert_close(row_of(other, row), row_of(one, row), rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(row_of(other, row), row_of(one, row), **tolerance(one))
 
 
 def assert_same_outputs(expected: Any, actual: Any, lengths: list[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributions import draw, exact_joint, p_value, tiny_llama, tiny_prompt
+from double import TIGHT
 from families import FAMILIES, Inputs, Target, family
 from lossless import (
     CHAIN,
@@ -22,6 +23,7 @@ from lossless import (
     stop_tokens,
     untrained,
 )
+from test_outputs import assert_same_steps
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dream_hf import DreamConfig, DreamDrafter, configuration_dream, generation, pausing
@@ -233,7 +235,7 @@ def assert_same_state(expected: DrafterState, actual: DrafterState) -> None:
         for row, length in enumerate(ours.slots.lengths):
             for name in ("keys", "values"):
                 got, wanted = getattr(ours, name)[row, :, :length], getattr(theirs, name)[row, :, :length]
-                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(got, wanted, **TIGHT)
 
 
 @some_families
@@ -407,7 +409,7 @@ def test_what_comes_with_the_tokens_is_plain_decoding_s(name, batch):
     assert_same_tokens(expected, out)
     assert (out.drafted_lengths == 0).any()
     for kind in kinds:
-        torch.testing.assert_close(getattr(out, kind), getattr(expected, kind), rtol=1e-4, atol=1e-4)
+        assert_same_steps(getattr(expected, kind), getattr(out, kind), [24] * batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=repr)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from double import TIGHT
 from families import Inputs, Target, family
 from oracle import make_oracle, make_plan
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -184,8 +185,8 @@ def test_a_cache_passed_in_holds_a_verified_text(name, place):
     ).past_key_values
     assert reference.get_seq_length() == length
     for layer, other in zip(cache.layers, reference.layers, strict=True):
-        torch.testing.assert_close(layer.keys, other.keys, rtol=0, atol=1e-3)
-        torch.testing.assert_close(layer.values, other.values, rtol=0, atol=1e-3)
+        torch.testing.assert_close(layer.keys, other.keys, **TIGHT)
+        torch.testing.assert_close(layer.values, other.values, **TIGHT)
         assert layer.get_seq_length() == other.get_seq_length()
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from double import doubled
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dream_hf  # noqa: F401
@@ -78,11 +79,12 @@ REFUSED = {
 def make_target(model_type, settings):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        target = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+        target = doubled(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval())
         with torch.no_grad():
             for weight in target.parameters():
                 if weight.ndim > 1:
                     weight.mul_(8)
+    target.set_experts_implementation("eager")  # the grouped product of others takes no float64
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
     return target

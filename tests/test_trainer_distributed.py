@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from double import tolerance
 from safetensors.torch import load_file
 from trainable import make_drafter, make_rows, make_target, make_trainer
 
@@ -86,7 +87,7 @@ def alone(tmp_path_factory):
 
 def assert_same(found, expected):
     for name, weight in expected[0].items():
-        torch.testing.assert_close(found[0][name], weight, atol=1e-6, rtol=1e-5, msg=name)
+        torch.testing.assert_close(found[0][name], weight, **tolerance(weight, roundings=8), msg=name)
     assert found[2] == pytest.approx(expected[2], rel=1e-4)
     for name in ("eval_tau", "eval_loss", "eval_accept_depth_1", "eval_top_1_depth_1", "eval_top_k_depth_2"):
         assert found[1].get(name) == pytest.approx(expected[1].get(name), rel=1e-4), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from double import TIGHT
 from families import FAMILIES
 from lossless import generate, oracle
 from nodes import drive, random_tree, sequential_logits, texts_of, verify_tree
@@ -69,4 +70,4 @@ def test_nodes_have_the_logits_of_their_sequences(family, attention):
     assert len({len(text) for text in texts}) > 1
     for node in (0, 8, 13):
         expected = sequential_logits(target, inputs, texts, tree, node)
-        torch.testing.assert_close(logits[:, node], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[:, node], expected, **TIGHT)

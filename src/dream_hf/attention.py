@@ -76,13 +76,13 @@ def attention_chunks(
     softcap: float | None = None,
     queries: torch.Tensor | None = None,  # (n,)
 ) -> Iterator[torch.Tensor]:
-    """Attention probabilities (B, heads, up to `QUERY_CHUNK`, K) in float32; without a 4D mask, causal ones.
+    """Attention probabilities (B, heads, up to `QUERY_CHUNK`, K) in float32 or better; causal without a 4D mask.
 
     A query that sees nothing (padding) has probability zero everywhere. Only the queries with an index in `queries` are
     looked at, by default all.
     """
     num_queries, num_keys, head_dim = query.shape[2], key.shape[2], key.shape[3]
-    key = key.float().transpose(2, 3)
+    key = _upcast(key).transpose(2, 3)
     positions = torch.arange(num_keys, device=query.device)
     # A chunk's scores have a quarter of the elements of all queries: little beside what the layer itself needs.
     size = min(QUERY_CHUNK, max(MIN_QUERY_CHUNK, num_queries * head_dim // (4 * num_keys)))
@@ -99,16 +99,21 @@ def attention_chunks(
 
 def _probabilities(
     query: torch.Tensor,  # (B, heads, n, head_dim)
-    key: torch.Tensor,  # (B, key heads, head_dim, K), float32
+    key: torch.Tensor,  # (B, key heads, head_dim, K), float32 or better
     hidden: torch.Tensor,  # broadcasts to (B, heads, n, K)
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    groups = query.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # keys are shared, not repeated
+    groups = query.to(key.dtype).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # keys are shared, not repeated
     scores = (groups @ key).mul_(scaling).view(*query.shape[:3], -1)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     return scores.masked_fill_(hidden, -torch.inf).softmax(-1).nan_to_num_(0.0)
+
+
+def _upcast(values: torch.Tensor) -> torch.Tensor:
+    """`values` in float32, or in their own type where that is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _query_chunks(
@@ -192,7 +197,7 @@ def _show_eager(module: nn.Module, args: tuple, output: Any) -> None:
     observer, queries = (_observed.get() or {}).get(id(module), (None, None))
     if observer is not None:
         shown = output[1] if queries is None else output[1][:, :, queries.to(output[1].device)]
-        observer(module, iter([shown.float()]))
+        observer(module, iter([_upcast(shown)]))
 
 
 _attention_wrap = ScopedWrap(AttentionInterface, "__getitem__", wrapped_lookup(_wrap_attention))

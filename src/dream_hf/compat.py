@@ -10,7 +10,9 @@ from transformers.generation.utils import GenerationMixin
 
 # The argument of forwards, the entry in `model_kwargs` and the field of outputs that hold the cache: `past_key_values` until
 # transformers 5.23. `generate()` goes on taking the old name.
-CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+CACHE = (
+    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 
 
 def cache_of(outputs: Any) -> Cache:

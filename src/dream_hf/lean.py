@@ -163,9 +163,10 @@ def _function(module: nn.Module) -> Function:
     if isinstance(module, nn.Linear):
         return partial(linear, weight=module.weight, bias=module.bias)
     if isinstance(module, nn.RMSNorm):
-        if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        if module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.float64):
             size, eps = module.weight.numel(), module.eps
-            floor = torch.tensor(math.sqrt(size * (torch.finfo(torch.float32).eps if eps is None else eps)))
+            dtype = module.weight.dtype
+            floor = torch.tensor(math.sqrt(size * (torch.finfo(dtype).eps if eps is None else eps)), dtype=dtype)
             return partial(_norm_on_cpu, weight=module.weight * math.sqrt(size), floor=floor)
         return partial(rms_norm, normalized_shape=module.normalized_shape, weight=module.weight, eps=module.eps)
     return module  # identity
