@@ -30,7 +30,8 @@ from engine_ways import Run, compiled_decoding, run_dream, run_plain
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from dream_hf import DreamDrafter, generation
+from dream_hf import DreamDrafter
+from dream_hf.decoding import loop as generation
 
 TAU = 3.0
 SMALL = Shape(

@@ -12,7 +12,7 @@ from torch import nn
 
 from dream_hf import DreamDrafter
 from dream_hf.benchmark.measure import synchronize
-from dream_hf.targets import Target, sliding_windows
+from dream_hf.targets.target import Target, sliding_windows
 
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
 NUM_COPIES = 5  # timed together

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_hf import generation
 from dream_hf.benchmark.measure import synchronize
-from dream_hf.tree import DraftTree
+from dream_hf.decoding import loop as generation
+from dream_hf.decoding.tree import DraftTree
 
 
 def accept_probability(tau: float, depth: int) -> float:

@@ -15,7 +15,7 @@ import torch
 from engine_rows import WAYS, Settings
 
 from dream_hf.benchmark.provenance import describe_machine
-from dream_hf.journal import write_whole
+from dream_hf.regeneration.journal import write_whole
 from dream_hf.version import __version__
 
 NOTE = (

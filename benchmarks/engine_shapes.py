@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.targets import VISUAL_TOKEN_IDS, Target
+from dream_hf.targets.target import VISUAL_TOKEN_IDS, Target
 
 VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
 GAIN = 0.5  # of a linear layer

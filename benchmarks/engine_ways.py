@@ -16,8 +16,8 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 from dream_hf import DreamDrafter
 from dream_hf.benchmark.measure import peak_memory, synchronize
 from dream_hf.benchmark.phases import PhaseClock, find_function
-from dream_hf.compiling import Settings as Compiler
-from dream_hf.compiling import compiled_function, missing_compiler, run_model, uncompilable
+from dream_hf.runtime.compilation import Settings as Compiler
+from dream_hf.runtime.compilation import compiled_function, missing_compiler, run_model, uncompilable
 
 NUM_SKIPPED = 3  # forwards before the clock starts: graphs are recorded, and buffers made, in the first ones
 

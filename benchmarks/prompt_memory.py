@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from training_cost import allocated_bytes
 
 from dream_hf import DreamDrafter
-from dream_hf.compression import DrafterText, compress_text, novelty
-from dream_hf.drafter_state import DrafterState
-from dream_hf.features import DrafterBatch
-from dream_hf.rollout import roll_out
+from dream_hf.drafters.dream.compression import DrafterText, compress_text, novelty
+from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.training.rollout import roll_out
+from dream_hf.training.target_features import DrafterBatch
 
 Figures = dict[str, Any]
 PARTS = ("target_prefill", "drafter_prompt", "drafter_second_turn", "novelty", "training")

@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dream_hf import DreamDrafter
 from dream_hf.benchmark.measure import synchronize
-from dream_hf.features import FeatureExtractor, LayerSelection
-from dream_hf.objective import Objective
-from dream_hf.targets import Target
+from dream_hf.targets.target import Target
+from dream_hf.training.objective import Objective
+from dream_hf.training.target_features import FeatureExtractor, LayerSelection
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ python model_cards/render.py
 import json
 from pathlib import Path
 
-from dream_hf.card_content import CardContent, parse_recipe
-from dream_hf.model_card import render_card
+from dream_hf.hub.card_content import CardContent, parse_recipe
+from dream_hf.hub.model_card import render_card
 
 HERE = Path(__file__).parent
 MODEL_TYPES = {

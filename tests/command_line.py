@@ -3,7 +3,7 @@
 from tiny_pair import tiny_processor, tiny_target
 
 from dream_hf.cli import main
-from dream_hf.prompts import PromptEncoder
+from dream_hf.data.prompts import PromptEncoder
 
 
 def refusal(capsys, *arguments):

@@ -3,7 +3,7 @@
 import pytest
 from double import keeping_double
 
-from dream_hf import configuration_dream
+from dream_hf.drafters.dream import configuration as configuration_dream
 
 
 @pytest.fixture(autouse=True)

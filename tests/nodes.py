@@ -11,9 +11,11 @@ from family_configs import TEXT_IDS
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dream_hf import DreamDrafter, generation, targets
-from dream_hf.tree import DraftTree
-from dream_hf.verifying import Forwards
+from dream_hf import DreamDrafter
+from dream_hf.decoding import loop as generation
+from dream_hf.decoding.target_forward import Forwards
+from dream_hf.decoding.tree import DraftTree
+from dream_hf.targets import target as targets
 
 
 def random_tree(

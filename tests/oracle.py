@@ -15,8 +15,8 @@ from family_configs import TEXT_IDS
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dream_hf.modeling_dream import DreamDrafter, DreamDrafterOutput
-from dream_hf.targets import Target
+from dream_hf.drafters.dream.modeling import DreamDrafter, DreamDrafterOutput
+from dream_hf.targets.target import Target
 
 FITTING_STEPS = 60
 DECOY_EVERY = 3  # positions; two decoys within a default depth of six keep both branches in a default tree

@@ -12,9 +12,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from dream_hf import attention
-from dream_hf.attention import attention_chunks, attention_entropy, attention_received, observe_attention
-from dream_hf.targets import Target
+from dream_hf.targets import attention_statistics as attention
+from dream_hf.targets.attention_statistics import (
+    attention_chunks,
+    attention_entropy,
+    attention_received,
+    observe_attention,
+)
+from dream_hf.targets.target import Target
 
 
 @pytest.mark.parametrize("chunk", [256, 5])

@@ -16,7 +16,6 @@ from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 from transformers import CompileConfig
 
-from dream_hf import drafter_state, generation
 from dream_hf.benchmark import METHODS, Settings, load_prompts, make_methods, run_benchmark
 from dream_hf.benchmark import phases as phases_module
 from dream_hf.benchmark import runner as runner_module
@@ -27,12 +26,14 @@ from dream_hf.benchmark.public_sets import PUBLIC_SETS, with_choices
 from dream_hf.benchmark.shares import OwnerClock, time_shares, watching
 from dream_hf.benchmark.statistics import bootstrap_interval, median_of, median_ratio, ratio_of_totals, summarize
 from dream_hf.benchmark.syncs import MESSAGE, count_syncs
-from dream_hf.compiling import _compiled
+from dream_hf.data.prompts import PromptEncoder
+from dream_hf.decoding import loop as generation
 from dream_hf.demo import make_rows
-from dream_hf.lean import lean_drafter
-from dream_hf.levels import TargetHead
-from dream_hf.model_card import write_card
-from dream_hf.prompts import PromptEncoder
+from dream_hf.drafters.dream import state as drafter_state
+from dream_hf.drafters.dream.functional import lean_drafter
+from dream_hf.drafters.levels import TargetHead
+from dream_hf.hub.model_card import write_card
+from dream_hf.runtime.compilation import _compiled
 
 SETTINGS = Settings(max_new_tokens=10, num_warmup=1)
 GREEDY = Settings(temperatures=(0.0,), max_new_tokens=10, num_warmup=1)

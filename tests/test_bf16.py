@@ -10,7 +10,8 @@ from families import Family, Inputs, Target, family
 from oracle import make_oracle, make_plan
 from ties import GAP, assert_only_ties, differences, error, exact_logits
 
-from dream_hf import DreamDrafter, tree_masks
+from dream_hf import DreamDrafter
+from dream_hf.targets import tree_masks
 
 NUM_NEW = 60
 NAMES = [

@@ -12,9 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import dream_hf
-from dream_hf import DreamDrafter, candidate_generator, generation
-from dream_hf.candidate_generator import DreamCandidateGenerator, dream_chain_generate
-from dream_hf.drafter_state import DrafterState
+from dream_hf import DreamDrafter
+from dream_hf.decoding import assisted as candidate_generator
+from dream_hf.decoding import loop as generation
+from dream_hf.decoding.assisted import DreamCandidateGenerator, dream_chain_generate
+from dream_hf.drafters.dream.state import DrafterState
 
 NUM_NEW = 24
 READ = DrafterState.read

@@ -19,9 +19,9 @@ from dream_hf import DreamDrafter
 from dream_hf.cli import main
 from dream_hf.cli.main import COMMANDS
 from dream_hf.cli.train_parser import TrainParser
-from dream_hf.models import load_models
-from dream_hf.training import ModelDataArguments
-from dream_hf.training_args import DreamTrainingArguments
+from dream_hf.load_models import load_models
+from dream_hf.training.arguments import DreamTrainingArguments
+from dream_hf.training.run import ModelDataArguments
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,13 @@ from lossless import CHAIN, SMALL_TREE, assert_same_tokens, gains, generate, ora
 from torch import nn
 from transformers import CompileConfig, DynamicCache
 
-from dream_hf import compiling, drafting
-from dream_hf.caches import SlotLayer, Slots
-from dream_hf.compiling import Settings, compiled_function, pad_tree, padded_count
-from dream_hf.levels import Beams
-from dream_hf.static_caches import BUCKET, StaticSlotLayer, StaticSlots, static_layers
-from dream_hf.tree import DraftTree
+from dream_hf.decoding.tree import DraftTree
+from dream_hf.drafters import growth as drafting
+from dream_hf.drafters.levels import Beams
+from dream_hf.runtime import compilation as compiling
+from dream_hf.runtime.compilation import Settings, compiled_function, pad_tree, padded_count
+from dream_hf.runtime.kv_cache import SlotLayer, Slots
+from dream_hf.runtime.static_kv_cache import BUCKET, StaticSlotLayer, StaticSlots, static_layers
 
 # Traces everything into one graph, as for a real compiler, and runs that as it is: quick, and exact to the last bit or so.
 TRACED = CompileConfig(backend="eager", fullgraph=True)

@@ -5,8 +5,9 @@ import torch
 from double import TIGHT, doubles
 from families import family
 
-from dream_hf import DreamConfig, DreamDrafter, generation
-from dream_hf.compression import novelty, tokens_to_keep
+from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.decoding import loop as generation
+from dream_hf.drafters.dream.compression import novelty, tokens_to_keep
 
 
 def slow_novelty(features, is_visual):

@@ -7,7 +7,7 @@ from families import family
 
 import dream_hf  # noqa: F401
 from dream_hf import DreamDrafter
-from dream_hf.drafter_state import DrafterState
+from dream_hf.drafters.dream.state import DrafterState
 
 NEW_TOKENS = 24
 

@@ -19,7 +19,7 @@ from published import (
 from transformers import DynamicCache, LlamaConfig
 
 from dream_hf import DreamDrafter
-from dream_hf.conversion import convert_checkpoint
+from dream_hf.drafters.dream.conversion import convert_checkpoint
 
 SHAPES = [pytest.param(4, id="all heads"), pytest.param(2, id="grouped heads")]
 

@@ -12,14 +12,14 @@ from PIL import Image
 from processors import make_image, make_processor, train_tokenizer
 from test_data import FAMILIES, assistant, collate, encoded_png, text_only, two_turns, user
 
-from dream_hf.answer_store import AnswerStore
 from dream_hf.data import ConversationDataset, count_answer_tokens, open_rows
 from dream_hf.data.chat import find_chat_format
 from dream_hf.data.conversations import parse_row
 from dream_hf.data.images import as_processed, load_image
-from dream_hf.feature_cache import fingerprint_rows
-from dream_hf.prompts import PromptEncoder
-from dream_hf.unanswered import read_row
+from dream_hf.data.prompts import PromptEncoder
+from dream_hf.regeneration.rows import read_row
+from dream_hf.regeneration.store import AnswerStore
+from dream_hf.training.feature_cache import fingerprint_rows
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 

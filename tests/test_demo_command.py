@@ -70,7 +70,7 @@ def test_demo_without_color_separates_steps(bundled, capsys):
 
 
 def test_demo_reports_a_difference(bundled, capsys, monkeypatch):
-    from dream_hf import generation
+    from dream_hf.decoding import loop as generation
 
     pick = generation.Chooser.verify
 

@@ -13,13 +13,14 @@ from lossless import CHAIN, assert_counts_add_up, assert_same_tokens, gains, gen
 from test_metrics import batch_of, imitate
 from torch import nn
 
-from dream_hf import DreamDrafter, choose_draft_vocabulary, draft_vocabulary
-from dream_hf.candidate_generator import dream_chain_generate
-from dream_hf.drafter_state import DrafterState
-from dream_hf.drafting import grow_tree
-from dream_hf.levels import TargetHead
-from dream_hf.metrics import AcceptanceCounts, count_chain_hits, replay_decoding
-from dream_hf.targets import LogitRule, Target
+from dream_hf import DreamDrafter, choose_draft_vocabulary
+from dream_hf.decoding.assisted import dream_chain_generate
+from dream_hf.drafters.dream import vocabulary as draft_vocabulary
+from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.drafters.growth import grow_tree
+from dream_hf.drafters.levels import TargetHead
+from dream_hf.targets.target import LogitRule, Target
+from dream_hf.training.acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 
 TREE = {"tree_depth": 4, "tree_top_k": 3, "tree_size": 12}
 NAMES = ["llava_clip_llama", "qwen2_5_vl", "gemma3", "gemma2", "cohere"]  # gemma2 caps its logits, cohere scales them
@@ -268,7 +269,7 @@ def test_chains_in_transformers_own_loop_draft_from_it_too(monkeypatch):
         trees.append(grow_tree(*args))
         return trees[-1]
 
-    monkeypatch.setattr("dream_hf.candidate_generator.grow_tree", keeping)
+    monkeypatch.setattr("dream_hf.decoding.assisted.grow_tree", keeping)
     expected = generate(target, inputs, max_new_tokens=12).sequences
     settings = {"custom_generate": dream_chain_generate, "drafter": drafter, "max_new_tokens": 12, "do_sample": False}
     assert torch.equal(target.generate(**inputs, **settings), expected)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.drafter_state import DrafterState
-from dream_hf.drafting import grow_tree
-from dream_hf.levels import TargetHead
-from dream_hf.modeling_dream import DraftMasks
-from dream_hf.targets import Target
+from dream_hf.drafters.dream.modeling import DraftMasks
+from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.drafters.growth import grow_tree
+from dream_hf.drafters.levels import TargetHead
+from dream_hf.targets.target import Target
 
 VOCABULARY, WIDTH = 40, 16
 

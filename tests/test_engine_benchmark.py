@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dream_hf import DreamConfig, DreamDrafter, drafter_state, generation
-from dream_hf.targets import Target
-from dream_hf.tree import DraftTree
-from dream_hf.verification import accept_greedy
+from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.decoding import loop as generation
+from dream_hf.decoding.acceptance import accept_greedy
+from dream_hf.decoding.tree import DraftTree
+from dream_hf.drafters.dream import state as drafter_state
+from dream_hf.targets.target import Target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -233,7 +235,7 @@ def test_compiled_rows_say_so_if_nothing_was_compiled(pair, monkeypatch):
     target, drafter = pair
     run_plain = engine_rows.run_plain
     monkeypatch.setattr(engine_rows, "run_plain", lambda *given: run_plain(*given[:3]))
-    for module in ("dream_hf.requests", "engine_ways"):
+    for module in ("dream_hf.decoding.requests", "engine_ways"):
         monkeypatch.setattr(f"{module}.missing_compiler", lambda *_: "no compiler was found")
     settings = engine_rows.Settings((DEPTH, TOP_K, SIZE), num_steps=4)
     row = engine_rows.measure_row(target, drafter, 10, 1, settings, bandwidth=1e9)

@@ -13,9 +13,10 @@ from processors import train_tokenizer
 from tiny_pair import tiny_drafter, tiny_processor, tiny_target
 from torch import nn
 
-from dream_hf import dream_chain_generate, dream_generate, requests
-from dream_hf.models import _load_processor
-from dream_hf.prompts import PromptEncoder
+from dream_hf import dream_chain_generate, dream_generate
+from dream_hf.data.prompts import PromptEncoder
+from dream_hf.decoding import requests
+from dream_hf.load_models import _load_processor
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*/README.md")]

@@ -10,8 +10,8 @@ import torch
 from double import tolerance
 from trainable import make_drafter, make_rows, make_target, make_trainer
 
-from dream_hf import feature_cache
-from dream_hf.feature_cache import FeatureCache, collate_rows, fingerprint_rows
+from dream_hf.training import feature_cache
+from dream_hf.training.feature_cache import FeatureCache, collate_rows, fingerprint_rows
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ from answered import Answered, answer
 from double import TIGHT
 from families import FAMILIES, family
 
-from dream_hf.drafter_state import DrafterState
-from dream_hf.drafting import grow_tree
-from dream_hf.features import FeatureExtractor, LayerSelection, last_prompts, predictions
-from dream_hf.levels import TargetHead
-from dream_hf.modeling_dream import DreamDrafter
-from dream_hf.objective import Objective
-from dream_hf.rollout import StepCache, roll_out, sample_starts
-from dream_hf.targets import Target
+from dream_hf.drafters.dream.modeling import DreamDrafter
+from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.drafters.growth import grow_tree
+from dream_hf.drafters.levels import TargetHead
+from dream_hf.targets.target import Target
+from dream_hf.training.objective import Objective
+from dream_hf.training.rollout import StepCache, roll_out, sample_starts
+from dream_hf.training.target_features import FeatureExtractor, LayerSelection, last_prompts, predictions
 
 LENGTHS = [7, 4, 9]
 SELECTED = ["llava_clip_llama", "gemma3", "qwen2_5_vl", "paligemma2", "llava_pixtral_mistral", "llama"]

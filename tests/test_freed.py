@@ -13,8 +13,9 @@ from families import family
 from test_robustness import BreakingProcessor, BreakingStreamer, Broken
 from transformers import DynamicCache, LogitsProcessorList
 
-from dream_hf import DreamDrafter, dream_chain_generate, dream_generate, generation
-from dream_hf.drafter_state import DrafterState
+from dream_hf import DreamDrafter, dream_chain_generate, dream_generate
+from dream_hf.decoding import loop as generation
+from dream_hf.drafters.dream.state import DrafterState
 
 
 @pytest.fixture(scope="module")

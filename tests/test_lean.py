@@ -6,8 +6,8 @@ from double import TIGHT
 from test_modeling import ABLATIONS, HIDDEN, make_drafter, make_inputs
 from torch import nn
 
-from dream_hf.drafter_state import DrafterState
-from dream_hf.lean import lean_drafter
+from dream_hf.drafters.dream.functional import lean_drafter
+from dream_hf.drafters.dream.state import DrafterState
 
 
 def run(drafter, is_lean):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.loading import DamagedFileError
+from dream_hf.drafters.checkpoint_files import DamagedFileError
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 

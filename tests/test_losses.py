@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dream_hf.losses import (
+from dream_hf.training.losses import (
     DISTRIBUTION_LOSSES,
     distribution_losses,
     kl_divergence,

@@ -22,7 +22,7 @@ from lossless import (
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import LogitsProcessor, StoppingCriteria, stopping_criteria
 
-from dream_hf.targets import Target
+from dream_hf.targets.target import Target
 
 TEXT_LEN = 40  # five times the sliding windows
 EVERY_LENGTH = set(range(1, DEPTH + 2))

@@ -8,11 +8,11 @@ from answered import answer
 from families import family
 from oracle import make_oracle, make_plan
 
-from dream_hf.features import DrafterBatch, FeatureExtractor, LayerSelection
-from dream_hf.levels import TargetHead
-from dream_hf.metrics import AcceptanceCounts, count_chain_hits, replay_decoding
-from dream_hf.modeling_dream import DreamDrafter
-from dream_hf.targets import Target
+from dream_hf.drafters.dream.modeling import DreamDrafter
+from dream_hf.drafters.levels import TargetHead
+from dream_hf.targets.target import Target
+from dream_hf.training.acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decoding
+from dream_hf.training.target_features import DrafterBatch, FeatureExtractor, LayerSelection
 
 LENGTHS = [14, 5, 20]
 TREES = [{"tree_depth": 4, "tree_top_k": 3, "tree_size": 12}, {"tree_depth": 5, "tree_top_k": 1, "tree_size": 5}]

@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from dream_hf import DreamConfig
-from dream_hf.card_content import CardContent, read_content
 from dream_hf.cli.train import parse
-from dream_hf.model_card import MARKER, TEMPLATES, render_card, write_card
-from dream_hf.publishing import collect_files
+from dream_hf.hub.card_content import CardContent, read_content
+from dream_hf.hub.model_card import MARKER, TEMPLATES, render_card, write_card
+from dream_hf.hub.publishing import collect_files
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 NAMES = sorted(path.parent.name for path in CARDS.glob("*/recipe.yaml"))

@@ -8,7 +8,7 @@ from double import TIGHT, doubled, doubles
 from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.modeling_dream import DraftMasks
+from dream_hf.drafters.dream.modeling import DraftMasks
 
 HIDDEN = 32
 ABLATIONS = [

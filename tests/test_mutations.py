@@ -9,7 +9,12 @@ import torch
 from families import family
 from lossless import assert_lossless
 
-from dream_hf import caches, choosing, generation, targets, texts, tree_masks
+from dream_hf.decoding import loop as generation
+from dream_hf.decoding import sampling as choosing
+from dream_hf.decoding import sequences as texts
+from dream_hf.runtime import kv_cache as caches
+from dream_hf.targets import target as targets
+from dream_hf.targets import tree_masks
 
 PENALISED = {"repetition_penalty": 1.5}
 ENDING = {"eos_token_id": list(range(3, 12))}

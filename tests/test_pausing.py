@@ -26,10 +26,13 @@ from lossless import (
 from test_outputs import assert_same_steps
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dream_hf import DreamConfig, DreamDrafter, configuration_dream, generation, pausing
-from dream_hf.drafter_state import DrafterState
-from dream_hf.pausing import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, Pausing, Unread
-from dream_hf.tree import DraftTree
+from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.decoding import draft_schedule as pausing
+from dream_hf.decoding import loop as generation
+from dream_hf.decoding.draft_schedule import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, Pausing, Unread
+from dream_hf.decoding.tree import DraftTree
+from dream_hf.drafters.dream import configuration as configuration_dream
+from dream_hf.drafters.dream.state import DrafterState
 
 TEXT_LEN = 24
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 32}

@@ -12,7 +12,8 @@ from oracle import make_oracle, make_plan
 from processors import make_image, make_processor, train_tokenizer
 from transformers import pipeline
 
-from dream_hf import DreamDrafter, generation
+from dream_hf import DreamDrafter
+from dream_hf.decoding import loop as generation
 
 NUM_NEW = 20
 CHAT = [

@@ -7,7 +7,7 @@ import torch
 from processors import PROCESSOR_FAMILIES, make_image, make_processor, train_tokenizer
 
 from dream_hf.data import ConversationCollator, ConversationDataset
-from dream_hf.prompts import PromptEncoder, on_model
+from dream_hf.data.prompts import PromptEncoder, on_model
 
 
 def available(family):

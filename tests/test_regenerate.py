@@ -13,12 +13,12 @@ import pytest
 from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 
-from dream_hf import journal
-from dream_hf.answer_store import AnswerStore
 from dream_hf.data import ConversationCollator, ConversationDataset, open_rows
 from dream_hf.data.conversations import parse_row
-from dream_hf.prompts import PromptEncoder
-from dream_hf.regenerate import regenerate
+from dream_hf.data.prompts import PromptEncoder
+from dream_hf.regeneration import journal
+from dream_hf.regeneration.regenerate import regenerate
+from dream_hf.regeneration.store import AnswerStore
 
 QUESTIONS = ["What is in the image?", "hello world", "How many triangles are green?", "x", "Describe the second image"]
 EOS_BIAS = 2.6  # some answers of at most 12 tokens end by themselves, some do not

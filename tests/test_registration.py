@@ -80,7 +80,7 @@ ORDERS = [
 def test_importing_twice_and_in_any_order_is_harmless(order):
     code = (
         "import importlib, sys; {order}; importlib.reload(dream_hf); import transformers.generation.utils as g; "
-        "import transformers.models.auto.modeling_auto; from dream_hf.configuration_dream import DreamConfig; "
+        "import transformers.models.auto.modeling_auto; from dream_hf.drafters.dream.configuration import DreamConfig; "
         "from transformers import AutoConfig, AutoModelForCausalLM; "
         "hook = g.GenerationMixin._assisted_decoding; assert hook._is_dream_hook; "
         "assert not getattr(hook.__wrapped__, '_is_dream_hook', False); "

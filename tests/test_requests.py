@@ -18,8 +18,8 @@ from transformers.utils import logging as hf_logging
 
 import dream_hf
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.requests import check_cache, check_target
-from dream_hf.targets import Target as TargetView
+from dream_hf.decoding.requests import check_cache, check_target
+from dream_hf.targets.target import Target as TargetView
 
 WAYS = ("assistant_model", "drafter")
 
@@ -329,7 +329,7 @@ def test_another_name_is_a_warning_only(target, monkeypatch):
     drafter.config.target = drafter.config.target | {"name": "org/the-target-it-was-trained-for"}
     monkeypatch.setattr(target.config, "_name_or_path", "org/a-finetuned-target")
     warnings = Warnings()
-    logger = hf_logging.get_logger("dream_hf.requests")
+    logger = hf_logging.get_logger("dream_hf.decoding.requests")
     logger.addHandler(warnings)
     try:
         generate(target, drafter)

@@ -17,7 +17,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from dream_hf import DreamDrafter, attention, targets, tree_masks
+from dream_hf import DreamDrafter
+from dream_hf.targets import attention_statistics as attention
+from dream_hf.targets import target as targets
+from dream_hf.targets import tree_masks
 
 NUM_NEW = 24
 NAMES = ["llava_clip_llama", "gemma3", "qwen2_5_vl"]  # plain, sliding windows, three axes of positions

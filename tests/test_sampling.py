@@ -11,10 +11,11 @@ from distributions import NUM_TOKENS, draw, exact_joint, p_value, tiny_llama, ti
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from dream_hf import DreamDrafter, choosing
-from dream_hf.choosing import Chooser, Verdict
-from dream_hf.tree import DraftTree
-from dream_hf.verification import Acceptance, accept_sampled, sample
+from dream_hf import DreamDrafter
+from dream_hf.decoding import sampling as choosing
+from dream_hf.decoding.acceptance import Acceptance, accept_sampled, sample
+from dream_hf.decoding.sampling import Chooser, Verdict
+from dream_hf.decoding.tree import DraftTree
 
 LIMIT = 1e-3
 NUM_DRAWS, BATCH_SIZE, NUM_NEW = 4096, 512, 4

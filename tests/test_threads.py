@@ -9,8 +9,8 @@ from families import family
 from lossless import generate
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.drafter_state import DrafterState
-from dream_hf.threads import cpu_threads
+from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.runtime.threads import cpu_threads
 
 
 @pytest.fixture

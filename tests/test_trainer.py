@@ -200,7 +200,7 @@ def test_noise_is_the_published_codes_and_repeats(tmp_path):
     assert values[0] == values[1]  # the noise of a step is its own, whatever was drawn before
     trainer.state.global_step = 1
     assert float(trainer.compute_loss(trainer.model, batch)) != values[0]
-    from dream_hf.objective import add_noise
+    from dream_hf.training.objective import add_noise
 
     noise = add_noise(torch.zeros(2, 300, 8), torch.tensor([256, 512]), 0.4, torch.Generator().manual_seed(0))
     assert 0.39 < float(noise[0].abs().max()) <= 0.4 and 0.19 < float(noise[1].abs().max()) <= 0.2

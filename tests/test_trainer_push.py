@@ -5,7 +5,7 @@ from test_hub import hub  # noqa: F401 - a fixture
 from tiny_pair import picture_row, tiny_processor, tiny_target
 
 from dream_hf import DreamDrafter, DreamTrainer, DreamTrainingArguments
-from dream_hf.model_card import MARKER
+from dream_hf.hub.model_card import MARKER
 
 
 def test_pushed_drafter_has_our_card_and_loads(hub, tmp_path):  # noqa: F811

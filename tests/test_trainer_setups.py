@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from trainable import make_drafter, make_rows, make_target, make_trainer, processor
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.models import load_models
-from dream_hf.training import ModelDataArguments
+from dream_hf.load_models import load_models
+from dream_hf.training.run import ModelDataArguments
 
 STEPS = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import HfArgumentParser
 
-from dream_hf.training_args import DreamTrainingArguments
+from dream_hf.training.arguments import DreamTrainingArguments
 
 
 def arguments(tmp_path, **overrides):

@@ -9,7 +9,7 @@ from families import FAMILIES
 from lossless import generate, oracle
 from nodes import drive, random_tree, sequential_logits, texts_of, verify_tree
 
-from dream_hf.tree import DraftTree
+from dream_hf.decoding.tree import DraftTree
 
 
 def path_to(parents: list[int], node: int) -> list[int]:

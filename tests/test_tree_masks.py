@@ -28,10 +28,11 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from dream_hf import compiling, tree_masks
-from dream_hf.attention import observe_attention
-from dream_hf.targets import Target
-from dream_hf.tree_masks import (
+from dream_hf.runtime import compilation as compiling
+from dream_hf.targets import tree_masks
+from dream_hf.targets.attention_statistics import observe_attention
+from dream_hf.targets.target import Target
+from dream_hf.targets.tree_masks import (
     TreeScope,
     takes_tree_masks,
     tree_implementation,
@@ -39,7 +40,7 @@ from dream_hf.tree_masks import (
     tree_masks_available,
     tree_scope,
 )
-from dream_hf.tree_proof import are_tree_masks
+from dream_hf.targets.tree_proof import are_tree_masks
 
 WINDOW = 5
 FLASH = "flash_attention_2"  # whose kernel is not installed: `flash` below stands in for it
@@ -484,7 +485,7 @@ def test_only_the_first_tree_forward_is_watched(monkeypatch):
     monkeypatch.setattr(
         tree_masks, "text_attentions", lambda decoder, own=tree_masks.text_attentions: calls.append(1) or own(decoder)
     )
-    monkeypatch.setattr("dream_hf.tree_proof.text_attentions", tree_masks.text_attentions)
+    monkeypatch.setattr("dream_hf.targets.tree_proof.text_attentions", tree_masks.text_attentions)
     out = generate(target, make_inputs("llama", target), assistant_model=untrained(target, **SMALL_TREE))
     assert out.accepted_lengths.shape[1] > 4
     assert len(calls) <= 2  # over a tree, and over a root alone

@@ -8,11 +8,12 @@ import torch
 from families import family
 
 import dream_hf  # noqa: F401
-from dream_hf import DreamConfig, DreamDrafter, drafting
-from dream_hf.drafter_state import DrafterState
-from dream_hf.drafting import grow_tree
-from dream_hf.levels import Level, TargetHead
-from dream_hf.targets import Target
+from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.drafters import growth as drafting
+from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.drafters.growth import grow_tree
+from dream_hf.drafters.levels import Level, TargetHead
+from dream_hf.targets.target import Target
 
 
 @pytest.fixture

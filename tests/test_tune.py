@@ -15,10 +15,12 @@ from lossless import gains, generate, oracle
 from tiny_pair import save_pair, tiny_drafter, tiny_processor, tiny_target
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.benchmark import Settings, Space, apply_tuning, load_prompts, save_tuned, tune, tune_costs, tuner
+from dream_hf.benchmark import Settings, Space, apply_tuning, load_prompts, save_tuned, tune
 from dream_hf.benchmark import measure as measure_module
 from dream_hf.benchmark.methods import Method
-from dream_hf.benchmark.tune_choice import (
+from dream_hf.benchmark.tuning import costs as tune_costs
+from dream_hf.benchmark.tuning import tuner
+from dream_hf.benchmark.tuning.choice import (
     Shape,
     StepCosts,
     Trace,
@@ -27,8 +29,8 @@ from dream_hf.benchmark.tune_choice import (
     pick_finalists,
     rank_shapes,
 )
-from dream_hf.benchmark.tune_costs import fit_costs, step_seconds
-from dream_hf.benchmark.tune_traces import trace_answer
+from dream_hf.benchmark.tuning.costs import fit_costs, step_seconds
+from dream_hf.benchmark.tuning.traces import trace_answer
 from dream_hf.cli import main
 
 NEVER = -np.inf

@@ -10,11 +10,11 @@ from nodes import random_tree
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from dream_hf.choosing import Chooser, Verdict
-from dream_hf.outputs import Recorder
-from dream_hf.texts import Ends, Texts
-from dream_hf.tree import DraftTree
-from dream_hf.verification import accept_greedy, accept_sampled, sample
+from dream_hf.decoding.acceptance import accept_greedy, accept_sampled, sample
+from dream_hf.decoding.outputs import Recorder
+from dream_hf.decoding.sampling import Chooser, Verdict
+from dream_hf.decoding.sequences import Ends, Texts
+from dream_hf.decoding.tree import DraftTree
 
 NUM_TOKENS = 4
 

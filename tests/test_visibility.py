@@ -4,14 +4,16 @@ import pytest
 import torch
 from test_modeling import both, make_drafter, make_inputs
 
-from dream_hf import drafter_state, masked_attention, rollout
-from dream_hf.compression import DrafterText, compress_text, novelty
-from dream_hf.drafter_state import DrafterState
-from dream_hf.features import DrafterBatch
-from dream_hf.masked_attention import attend_masked
-from dream_hf.modeling_dream import DraftMasks
-from dream_hf.targets import DecoderRecord, Target
-from dream_hf.visibility import FromStart, Listed, OwnChains, Prefixes, Visibilities
+from dream_hf.drafters import masked_attention
+from dream_hf.drafters.dream import state as drafter_state
+from dream_hf.drafters.dream.compression import DrafterText, compress_text, novelty
+from dream_hf.drafters.dream.modeling import DraftMasks
+from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.drafters.masked_attention import attend_masked
+from dream_hf.drafters.visibility import FromStart, Listed, OwnChains, Prefixes, Visibilities
+from dream_hf.targets.target import DecoderRecord, Target
+from dream_hf.training import rollout
+from dream_hf.training.target_features import DrafterBatch
 
 LENGTH, SCALE = 11, 0.3
 

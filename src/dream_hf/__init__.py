@@ -8,28 +8,28 @@ from .registration import lazy_attribute, register, unregister
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .candidate_generator import DreamCandidateGenerator as DreamCandidateGenerator
-    from .candidate_generator import dream_chain_generate as dream_chain_generate
-    from .configuration_dream import DreamConfig as DreamConfig
     from .data import count_answer_tokens as count_answer_tokens
-    from .draft_vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
-    from .generation import dream_generate as dream_generate
-    from .modeling_dream import DreamDrafter as DreamDrafter
-    from .outputs import DreamGenerateOutput as DreamGenerateOutput
-    from .trainer import DreamTrainer as DreamTrainer
-    from .training_args import DreamTrainingArguments as DreamTrainingArguments
+    from .decoding.assisted import DreamCandidateGenerator as DreamCandidateGenerator
+    from .decoding.assisted import dream_chain_generate as dream_chain_generate
+    from .decoding.loop import dream_generate as dream_generate
+    from .decoding.outputs import DreamGenerateOutput as DreamGenerateOutput
+    from .drafters.dream.configuration import DreamConfig as DreamConfig
+    from .drafters.dream.modeling import DreamDrafter as DreamDrafter
+    from .drafters.dream.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
+    from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
+    from .training.trainer import DreamTrainer as DreamTrainer
 
 _MODULES = {
-    "DreamCandidateGenerator": "candidate_generator",
-    "DreamConfig": "configuration_dream",
-    "DreamDrafter": "modeling_dream",
-    "DreamGenerateOutput": "outputs",
-    "DreamTrainer": "trainer",
-    "DreamTrainingArguments": "training_args",
-    "choose_draft_vocabulary": "draft_vocabulary",
+    "DreamCandidateGenerator": "decoding.assisted",
+    "DreamConfig": "drafters.dream.configuration",
+    "DreamDrafter": "drafters.dream.modeling",
+    "DreamGenerateOutput": "decoding.outputs",
+    "DreamTrainer": "training.trainer",
+    "DreamTrainingArguments": "training.arguments",
+    "choose_draft_vocabulary": "drafters.dream.vocabulary",
     "count_answer_tokens": "data",
-    "dream_chain_generate": "candidate_generator",
-    "dream_generate": "generation",
+    "dream_chain_generate": "decoding.assisted",
+    "dream_generate": "decoding.loop",
 }
 
 __all__ = [*_MODULES, "__version__", "register", "unregister"]  # noqa: PLE0604

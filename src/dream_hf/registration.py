@@ -68,7 +68,7 @@ def _dispatching(assisted_decoding: Callable) -> Callable:
         drafter = _drafter_in(assistant_model)
         if drafter is None:
             return assisted_decoding(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
-        from .generation import dream_generate
+        from .decoding.loop import dream_generate
 
         for name in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(name, None)
@@ -89,7 +89,7 @@ def _checking(validate_generation_mode: Callable) -> Callable:
             )
         drafter = _drafter_in(assistant)
         if drafter is not None:
-            from .requests import check_request
+            from .decoding.requests import check_request
 
             check_request(self, drafter, generation_config)
         return validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
@@ -120,7 +120,7 @@ _HOOKS: dict[str, Callable[[Callable], Callable]] = {
 
 def _drafter_in(model: Any) -> Any:
     """The drafter a user passed, be it wrapped by PEFT, or None for another assistant."""
-    modeling = sys.modules.get(f"{__package__}.modeling_dream")
+    modeling = sys.modules.get(f"{__package__}.drafters.dream.modeling")
     if modeling is None:
         return None
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -128,7 +128,7 @@ def _drafter_in(model: Any) -> Any:
 
 
 def _register_config(module: ModuleType) -> None:
-    from .configuration_dream import DreamConfig
+    from .drafters.dream.configuration import DreamConfig
 
     module.AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
 
@@ -139,9 +139,9 @@ def _register_model(module: ModuleType) -> None:
     The drafter's module imports transformers' models, one of which may be what is being imported right now, so a stand-in
     is registered. When the module is imported, it registers the drafter itself.
     """
-    if f"{__package__}.modeling_dream" in sys.modules:
+    if f"{__package__}.drafters.dream.modeling" in sys.modules:
         return
-    from .configuration_dream import DreamConfig
+    from .drafters.dream.configuration import DreamConfig
 
     class DreamDrafterOnDemand:
         config_class = DreamConfig
@@ -159,7 +159,7 @@ def _register_model(module: ModuleType) -> None:
 
 
 def _drafter_class() -> Any:
-    return importlib.import_module(f"{__package__}.modeling_dream").DreamDrafter
+    return importlib.import_module(f"{__package__}.drafters.dream.modeling").DreamDrafter
 
 
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {

@@ -1,12 +1,12 @@
 """Methods side by side on the same prompts -> results.json, a table and plots."""
 
-from .benchmark import run_benchmark
 from .methods import METHODS, Method, make_methods
+from .run import run_benchmark
 from .runner import Settings
 from .tasks import Prompt, load_prompts
-from .tune_choice import Space
-from .tune_store import apply_tuning, save_tuned
-from .tuner import tune
+from .tuning.choice import Space
+from .tuning.store import apply_tuning, save_tuned
+from .tuning.tuner import tune
 
 __all__ = [
     "METHODS",

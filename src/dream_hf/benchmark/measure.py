@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from ..prompts import on_model
-from ..targets import end_ids
+from ..data.prompts import on_model
+from ..targets.target import end_ids
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import CompileConfig
 
-from .. import generation
-from ..configuration_dream import DreamConfig
-from ..modeling_dream import DreamDrafter
-from ..targets import VISUAL_TOKEN_IDS, unwrap
+from ..decoding import loop as generation
+from ..drafters.dream.configuration import DreamConfig
+from ..drafters.dream.modeling import DreamDrafter
+from ..targets.target import VISUAL_TOKEN_IDS, unwrap
 
 COMPILED_METHODS = ("plain_compiled", "dream_tree_compiled")
 METHODS = ("plain", "plain_static", "prompt_lookup", "assisted", "dream_chain", "dream_tree", *COMPILED_METHODS)

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
-from .. import generation
-from ..prompts import PromptEncoder
+from ..data.prompts import PromptEncoder
+from ..decoding import loop as generation
 from .measure import measure, synchronize
 from .methods import Method
 from .shares import clocked_head, function_to_clock

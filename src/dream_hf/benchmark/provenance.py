@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..feature_cache import fingerprint_weights
-from ..modeling_dream import DreamDrafter
+from ..drafters.dream.modeling import DreamDrafter
+from ..training.feature_cache import fingerprint_weights
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "pillow")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..journal import write_whole
+from ..regeneration.journal import write_whole
 from .runner import Key, Samples
 from .statistics import median_of, summarize
 from .tables import render

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..journal import write_whole
+from ..regeneration.journal import write_whole
 from .plots import write_plots
 from .tables import render
 

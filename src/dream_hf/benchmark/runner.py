@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..journal import append, cut_unfinished_line, entries, write_whole
-from ..prompts import PromptEncoder
+from ..data.prompts import PromptEncoder
+from ..regeneration.journal import append, cut_unfinished_line, entries, write_whole
 from .measure import Measurement, measure
 from .methods import Method
 from .tasks import Prompt

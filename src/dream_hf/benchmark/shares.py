@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import generation
-from ..drafter_state import CompiledDrafterState, DrafterState
-from ..levels import TargetHead
-from ..modeling_dream import DreamDrafter
-from ..prompts import PromptEncoder
-from ..verifying import CompiledForwards, Forwards
+from ..data.prompts import PromptEncoder
+from ..decoding import loop as generation
+from ..decoding.target_forward import CompiledForwards, Forwards
+from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.state import CompiledDrafterState, DrafterState
+from ..drafters.levels import TargetHead
 from .measure import measure, synchronize
 from .methods import Method
 from .tasks import Prompt

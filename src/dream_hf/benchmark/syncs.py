@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import generation
+from ..decoding import loop as generation
 
 MESSAGE = "synchronizing CUDA operation"  # in PyTorch's warning of each
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from ..benchmark import METHODS as KNOWN
     from ..benchmark import Settings, load_prompts, make_methods, run_benchmark
     from ..benchmark.report import render
-    from ..models import load_models
+    from ..load_models import load_models
 
     tuning.check(args)
     if args.tune:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..benchmark.measure import Measurement, measure
 from ..benchmark.methods import make_methods
-from ..prompts import PromptEncoder
+from ..data.prompts import PromptEncoder
 
 WARMUP_TOKENS = 8
 

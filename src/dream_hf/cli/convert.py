@@ -20,6 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert, and say what became of every tensor."""
-    from ..conversion import convert_checkpoint
+    from ..drafters.dream.conversion import convert_checkpoint
 
     print(convert_checkpoint(args.source, args.destination, target=args.target, revision=args.revision))

@@ -80,7 +80,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from ..models import load_models, pick_device, pick_dtype
+    from ..load_models import load_models, pick_device, pick_dtype
 
     if args.target is not None:
         models = load_models(args.target, args.drafter, dtype=args.dtype, device=args.device)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from ..benchmark.measure import measure
-    from ..prompts import PromptEncoder
+    from ..data.prompts import PromptEncoder
 
     models = load(args)
     encoder = PromptEncoder(models.processor)

@@ -33,7 +33,7 @@ def add_models(parser: argparse.ArgumentParser, *, is_target_needed: bool = True
 
 def load(args: argparse.Namespace) -> Any:
     """The models that the options of [`add_models`] name."""
-    from ..models import load_models
+    from ..load_models import load_models
 
     return load_models(
         args.target,

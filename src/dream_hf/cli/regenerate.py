@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     """Regenerate, and say how many rows there are."""
     from accelerate import PartialState
 
-    from ..regenerate import regenerate
+    from ..regeneration.regenerate import regenerate
 
     is_cpu = args.device is not None and args.device.startswith("cpu")
     state = PartialState(cpu=is_cpu or not _has_accelerator())

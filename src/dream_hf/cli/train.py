@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: Sequence[str]) -> None:
     """Train, save, and report the last evaluation."""
     given, training_args = parse(arguments)
-    from ..training import run_training
+    from ..training.run import run_training
 
     run_training(given, training_args)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..training import ModelDataArguments
-from ..training_args import DreamTrainingArguments
+from ..training.arguments import DreamTrainingArguments
+from ..training.run import ModelDataArguments
 from .options import Parser
 
 # Of transformers' some hundred options, those that most trainings set.

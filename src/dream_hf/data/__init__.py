@@ -1,9 +1,9 @@
 """Conversations with pictures -> batches with an answer mask."""
 
-from .answer_tokens import count_answer_tokens
 from .collator import ConversationCollator
 from .dataset import ConversationDataset, ConversationStream, is_stream
 from .rows import open_rows
+from .token_counts import count_answer_tokens
 
 __all__ = [
     "ConversationCollator",

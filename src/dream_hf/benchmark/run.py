@@ -1,0 +1,149 @@
+"""`run_benchmark`: measure, summarise, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..data.prompts import PromptEncoder
+from ..drafters.dream.modeling import DreamDrafter
+from .methods import Method
+from .phases import profile_steps
+from .plots import write_plots
+from .provenance import describe_run
+from .report import make_rows, write_results
+from .runner import Settings, collect
+from .shares import time_shares
+from .tasks import Prompt
+
+logger = logging.get_logger(__name__)
+
+
+def run_benchmark(
+    target: Any,
+    processor: Any,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    num_share_prompts: int = 3,
+    with_profile: bool = False,
+    with_plots: bool = True,
+    date: str | None = None,
+) -> dict[str, Any]:
+    """Compare ways of decoding on the same prompts, one prompt after the other.
+
+    A stopped benchmark goes on where it was when it is started again with the same arguments.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        processor: Its processor.
+        methods (`Sequence[Method]`): From [`make_methods`]; the first is what the others are compared with.
+        prompts (`Sequence[Prompt]`): From [`load_prompts`], of one or more tasks.
+        output (`str` or `Path`): Folder for `results.json`, `results.md`, `samples.jsonl` and plots.
+        settings (`Settings`, *optional*): Temperatures, lengths, seed.
+        num_share_prompts (`int`): Prompts decoded once more, greedily, to see where the time goes; 0 for none.
+        with_profile (`bool`): Also split one step into its parts and write a profiler trace.
+        with_plots (`bool`): Draw PNG plots.
+        date (`str`, *optional*): For the results; today's by default.
+
+    Returns:
+        `dict`: What `results.json` holds: `provenance`, `rows`, `overall`, `failed_methods`, `profile`.
+
+    Raises:
+        ValueError: No prompts, a value out of range, or an `output` begun with other settings.
+    """
+    settings, output = settings or Settings(), Path(output).expanduser()
+    keys = _keys(prompts)
+    drafter, assistant = _models_of(methods)
+    provenance = describe_run(target, drafter, assistant, date)
+    identity = {name: provenance[name] for name in ("machine", "target", "drafter", "assistant", "versions")}
+    identity["prompts"] = keys
+    samples = collect(target, processor, methods, prompts, settings, identity, output)
+    rows, overall = make_rows(samples, methods[0].name)
+    drafting = {method.name: dict(method.drafting) for method in methods}
+    for row in [*rows, *overall]:
+        row["drafting"] = drafting[row["method"]]
+
+    working = [method for method in methods if method.name not in samples.failures]
+    _add_shares(rows, target, PromptEncoder(processor), working, prompts, settings, num_share_prompts)
+    results = {
+        "provenance": {
+            **provenance,
+            "seed": settings.seed,
+            "max_new_tokens": settings.max_new_tokens,
+            "num_warmup": settings.num_warmup,
+            "batch_size": settings.batch_size,
+            "repeats": settings.repeats,
+        },
+        "rows": rows,
+        "overall": overall,
+        "failed_methods": samples.failures,
+        "profile": _profile(target, processor, working, prompts[0], settings, output) if with_profile else None,
+    }
+    write_results(results, output)
+    if with_plots:
+        write_plots(results, output)
+    return results
+
+
+def _keys(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
+    """Task and row of every prompt, each once."""
+    if not prompts:
+        raise ValueError("`prompts` is empty; load some with `load_prompts`.")
+    keys = [(prompt.task, prompt.index) for prompt in prompts]
+    if len(set(keys)) < len(keys):
+        raise ValueError("`prompts` holds a prompt twice; were two tasks given the same name?")
+    return keys
+
+
+def _models_of(methods: Sequence[Method]) -> tuple[DreamDrafter | None, Any]:
+    """The drafter and the assistant among the methods' arguments."""
+    models = [method.arguments.get("assistant_model") for method in methods]
+    drafters = [model for model in models if isinstance(model, DreamDrafter)]
+    others = [model for model in models if model is not None and not isinstance(model, DreamDrafter)]
+    return next(iter(drafters), None), next(iter(others), None)
+
+
+def _add_shares(
+    rows: list[dict[str, Any]],
+    target: Any,
+    encoder: PromptEncoder,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    num_prompts: int,
+) -> None:
+    """Give the greedy rows `time_shares`, from the first prompts of each task; the others have None."""
+    by_task: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(prompt.task, []).append(prompt)
+    named = {method.name: method for method in methods}
+    for row in rows:
+        row["time_shares"] = None
+        if row["temperature"] == 0 and num_prompts and row["method"] in named:
+            chosen = by_task[row["task"]][:num_prompts]
+            try:
+                row["time_shares"] = time_shares(
+                    target, encoder, named[row["method"]], chosen, settings.max_new_tokens
+                )
+            except Exception as error:  # hooks and a compiled forward, for one, may not go together
+                logger.warning(f"No time shares of {row['method']}: {type(error).__name__}: {error}")
+
+
+def _profile(
+    target: Any, processor: Any, methods: Sequence[Method], prompt: Prompt, settings: Settings, output: Path
+) -> dict[str, Any]:
+    """Steps of the first tree and chain methods, taken apart."""
+    parts = {}
+    for method in methods:
+        if isinstance(method.arguments.get("assistant_model"), DreamDrafter) and not method.name.count(" "):
+            trace = output / f"trace_{method.name}.json"
+            parts[method.name] = profile_steps(
+                target, PromptEncoder(processor), method, prompt, settings.max_new_tokens, trace
+            )
+    return parts

@@ -1,0 +1,1 @@
+"""What drafts: one folder a kind, and what they share."""

@@ -1,0 +1,380 @@
+"""The drafter: an initial block, a cross-attention block that reads the target's features, a final block.
+
+Shapes in this file: B rows, T new tokens, S new features, H `hidden_size`; K and F are the tokens and the features that
+the self-attention and the cross-attention can see, those in the cache included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto import AutoModel, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import ModelOutput
+
+from ..pretrained import StrictPreTrainedModel
+from ..visibility import DraftMasks, FromStart, Visibility, text_visibilities
+from .configuration import DreamConfig
+from .vocabulary import sorted_token_ids
+
+
+@dataclass
+class DreamDrafterOutput(ModelOutput):
+    """Output of [`DreamDrafter`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, H)`): Features after the final norm; the target's head
+            turns them into logits, and they stand in for the target's features of drafted tokens.
+        mid_hidden_state (`torch.FloatTensor` of shape `(B, T, H)`): What enters the last block, trained towards an
+            intermediate layer of the target (paper, section 3.2).
+        cache (`Cache`, *optional*): The cache passed in, extended.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    mid_hidden_state: torch.FloatTensor | None = None
+    cache: Cache | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """`cache`, by the name it had until transformers 5.23."""
+        return self.cache
+
+
+class DreamCrossAttention(nn.Module):
+    """Attention of tokens to features: per-head RMS norm on queries and keys, no rotary embedding (paper, section 3.1)."""
+
+    def __init__(self, config: DreamConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim: int = config.head_dim  # type: ignore[assignment]
+        num_key_value_heads: int = config.num_key_value_heads  # type: ignore[assignment]
+        self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, H)
+        features: torch.Tensor,  # (B, S, H)
+        seen: Visibility,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        queries = self.q_norm(self._heads(self.q_proj(hidden_states)))
+        keys = self.k_norm(self._heads(self.k_proj(features)))
+        values = self._heads(self.v_proj(features))
+        keys, values = _remember(keys, values, seen, past_key_values, self.layer_idx)
+        attended = attend(self, queries, keys, values, seen, self._unseen(values))
+        return self.o_proj(attended.flatten(2))
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _unseen(self, values: torch.Tensor) -> torch.Tensor:
+        """For a query without a visible feature: zeros, or the published code's uniform average.
+
+        (B, heads, 1, head_dim), or what expands to it.
+        """
+        if not self.config.legacy or not values.shape[2]:
+            return values.new_zeros(1, 1, 1, 1)
+        return values.mean(2, keepdim=True).repeat_interleave(self.num_key_value_groups, dim=1)
+
+
+class DreamSelfAttention(LlamaAttention):
+    """Llama's attention, told who sees what."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,  # (B, T, H)
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # (B, T, head_dim) each
+        seen: Visibility,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        queries, keys, values = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+        keys, values = _remember(keys, values, seen, past_key_values, self.layer_idx)
+        return self.o_proj(attend(self, queries, keys, values, seen).flatten(2))
+
+
+class DreamCrossAttentionBlock(GradientCheckpointingLayer):
+    """Cross-attention and an MLP, each behind a tanh gate that starts closed."""
+
+    _can_checkpoint_with_cache = True  # training has one kind of cache, which takes a repeated update
+
+    def __init__(self, config: DreamConfig, layer_idx: int):
+        super().__init__()
+        self.cross_attn = DreamCrossAttention(config, layer_idx)
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, features, seen, position_embeddings, past_key_values=None) -> torch.Tensor:
+        attended = self.cross_attn(self.input_layernorm(hidden_states), features, seen.features, past_key_values)
+        hidden_states = hidden_states + self.cross_attn_attn_gate.tanh() * attended
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.cross_attn_mlp_gate.tanh() * transformed
+
+
+class DreamSelfAttentionBlock(GradientCheckpointingLayer):
+    """Causal self-attention and an MLP; the initial block has no input norm, the final one has."""
+
+    _can_checkpoint_with_cache = True  # training has one kind of cache, which takes a repeated update
+
+    def __init__(self, config: DreamConfig, layer_idx: int, has_input_norm: bool):
+        super().__init__()
+        self.self_attn = DreamSelfAttention(config, layer_idx)  # type: ignore[arg-type]
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = (
+            nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if has_input_norm else nn.Identity()
+        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, features, seen, position_embeddings, past_key_values=None) -> torch.Tensor:
+        attended = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, seen.tokens, past_key_values
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DreamPreTrainedModel(StrictPreTrainedModel):
+    """Loading, saving and initialisation shared by DREAM models."""
+
+    config_class = DreamConfig
+    config: DreamConfig
+    base_model_prefix = ""
+    main_input_name = "inputs_embeds"
+    input_modalities = ["text"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DreamSelfAttentionBlock", "DreamCrossAttentionBlock"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DreamCrossAttentionBlock):
+            nn.init.zeros_(module.cross_attn_attn_gate)
+            nn.init.zeros_(module.cross_attn_mlp_gate)
+
+
+class DreamDrafter(DreamPreTrainedModel):
+    """The small model that drafts for a frozen target (DREAM, arXiv 2505.19201, section 3.1).
+
+    It has neither an embedding table nor an LM head: the target lends both, so its inputs are the target's embeddings
+    and its features go through the target's head.
+    """
+
+    draft_token_ids: torch.Tensor | None  # (draft_vocab_size,) rising, or None for all tokens
+
+    def __init__(self, config: DreamConfig):
+        super().__init__(config)
+        self.input_norm = _norm_or_identity(config, config.normalize_inputs)
+        self.feature_norm = _norm_or_identity(config, config.normalize_features)
+        self.layers = nn.ModuleList(_make_block(config, index) for index in range(len(config.block_types)))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
+        num_drafted = config.draft_vocab_size  # which tokens these are comes with the checkpoint or is set later
+        self.register_buffer("draft_token_ids", None if num_drafted is None else torch.full((num_drafted,), -1))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @classmethod
+    def for_target(cls, target: PreTrainedModel, **config_overrides: Any) -> DreamDrafter:
+        """A fresh, untrained drafter with the target's shapes, dtype and device.
+
+        Args:
+            target (`PreTrainedModel`): The model to draft for, vision-language or text-only.
+            **config_overrides: Any argument of [`DreamConfig`].
+
+        Returns:
+            `DreamDrafter`: In evaluation mode.
+        """
+        config = DreamConfig.from_target(target.config, **config_overrides)
+        drafter: Any = cls(config)
+        return drafter.to(device=target.device, dtype=target.dtype).eval()
+
+    def set_draft_vocabulary(self, token_ids: Sequence[int] | torch.Tensor | None) -> None:
+        """Draft these tokens only from now on, with those rows of the target's head; saved with the weights.
+
+        What the target generates stays the same: it verifies over its whole vocabulary. Drafted probabilities are
+        relative to the tokens that may be drafted.
+
+        Args:
+            token_ids (`Sequence[int]` or `torch.LongTensor` of shape `(R,)`, *optional*): The tokens, in any order, as
+                `choose_draft_vocabulary` chooses them; `None` for the whole vocabulary again.
+
+        Raises:
+            ValueError: No whole numbers, none at all, repeats, or tokens beyond `config.vocab_size`.
+        """
+        ids = None if token_ids is None else sorted_token_ids(token_ids, self.config.vocab_size).to(self.device)
+        self.draft_token_ids = ids
+        self.config.draft_vocab_size = None if ids is None else len(ids)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        target_features: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | DraftMasks | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> DreamDrafterOutput:
+        """Run the three blocks over T new tokens and S new features.
+
+        The token at position i sees the tokens up to i and the features of positions below i, that is the feature that
+        produced it and those before it. In a full pass S = T - 1; with a cache, the features that came in since.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(B, T, H)`): The target's embeddings of the tokens, images merged.
+            target_features (`torch.Tensor` of shape `(B, S, H)`): Features after the target's final norm or, for
+                drafted tokens, this model's own.
+            attention_mask (`torch.Tensor` of shape `(B, K)` or `DraftMasks`, *optional*): 1 for real tokens and 0 for
+                padding, the tokens in the cache included; or the two masks themselves, as trees need them.
+            position_ids (`torch.Tensor` of shape `(B, T)`, *optional*): Defaults to counting the real tokens.
+            past_key_values (`Cache`, *optional*): Holds one layer for each block, extended in place.
+
+        Returns:
+            `DreamDrafterOutput`
+
+        Raises:
+            ValueError: Widths that are not `config.hidden_size`, or S that does not fit T.
+        """
+        self._check_inputs(inputs_embeds, target_features)
+        past_tokens, past_features = self._cached_lengths(past_key_values)
+        if isinstance(attention_mask, DraftMasks):
+            seen = attention_mask.visibilities()
+        else:
+            num_tokens, num_features = inputs_embeds.shape[1], target_features.shape[1]
+            seen = text_visibilities(
+                attention_mask, num_tokens, num_features, past_tokens, past_features, inputs_embeds.device
+            )
+        if position_ids is None:
+            position_ids = _count_positions(attention_mask, inputs_embeds, past_tokens)
+
+        hidden_states = self.input_norm(inputs_embeds)
+        features = self.feature_norm(target_features)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        mid_hidden_state = hidden_states
+        for block in self.layers:
+            mid_hidden_state = hidden_states
+            hidden_states = block(hidden_states, features, seen, position_embeddings, past_key_values=past_key_values)
+        return DreamDrafterOutput(
+            last_hidden_state=self.norm(hidden_states),
+            mid_hidden_state=mid_hidden_state,
+            cache=past_key_values,
+        )
+
+    def _check_inputs(self, inputs_embeds: torch.Tensor, target_features: torch.Tensor) -> None:
+        for name, tensor in (("inputs_embeds", inputs_embeds), ("target_features", target_features)):
+            if tensor.ndim != 3 or tensor.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(tensor.shape)}; this drafter takes (batch, length, "
+                    f"{self.config.hidden_size}). Was it trained for another target?"
+                )
+
+    def _cached_lengths(self, past_key_values: Cache | None) -> tuple[int, int]:
+        """How many tokens and features the cache holds."""
+        if past_key_values is None:
+            return 0, 0
+        lengths = {"tokens": 0, "features": 0}
+        for index, block_type in enumerate(self.config.block_types):
+            lengths["features" if block_type == "cross" else "tokens"] = past_key_values.get_seq_length(index)
+        return lengths["tokens"], lengths["features"]
+
+
+def attend(
+    module: Any,
+    queries: torch.Tensor,  # (B, heads, T, head_dim)
+    keys: torch.Tensor,  # (B, key_value_heads, K, head_dim)
+    values: torch.Tensor,  # (B, key_value_heads, K, head_dim)
+    seen: Visibility,
+    unseen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a module of the drafter, (B, T, heads, head_dim); queries that see nothing get `unseen`.
+
+    PyTorch's own takes as little memory as the visibility allows, all others take masks.
+    """
+    dropout = module.attention_dropout if module.training else 0.0
+    implementation = module.config._attn_implementation
+    if implementation == "sdpa":
+        return seen.attend(queries, keys, values, unseen, module.scaling, dropout).transpose(1, 2)
+    mask = seen.mask(queries.shape[2], keys.shape[2], queries.device).unsqueeze(1)
+    # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
+    sees_something = mask.any(-1, keepdim=True)
+    bias = attention_bias(mask | ~sees_something, queries.dtype, implementation)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    attended, _ = function(module, queries, keys, values, bias, dropout=dropout, scaling=module.scaling)
+    return (
+        attended if unseen is None else torch.where(sees_something.transpose(1, 2), attended, unseen.transpose(1, 2))
+    )
+
+
+def _remember(
+    keys: torch.Tensor, values: torch.Tensor, seen: Visibility, past_key_values: Cache | None, layer_idx: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put keys and values into the cache; returns all that a query may see."""
+    if past_key_values is None:
+        return keys, values
+    shown = past_key_values.update(keys, values, layer_idx)
+    return (keys, values) if isinstance(seen, FromStart) else shown  # buffers may have room behind a first text
+
+
+def attention_bias(mask: torch.Tensor, dtype: torch.dtype, attn_implementation: str | None) -> torch.Tensor:
+    """A boolean mask in the form an attention function takes: eager adds it to the scores, the others read booleans."""
+    if attn_implementation != "eager":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _count_positions(
+    attention_mask: torch.Tensor | DraftMasks | None, inputs_embeds: torch.Tensor, past_tokens: int
+) -> torch.Tensor:
+    batch, num_tokens, _ = inputs_embeds.shape
+    if isinstance(attention_mask, torch.Tensor):
+        counted = attention_mask.to(inputs_embeds.device).long().cumsum(-1) - 1
+        return counted.clamp(min=0)[:, -num_tokens:]
+    positions = torch.arange(past_tokens, past_tokens + num_tokens, device=inputs_embeds.device)
+    return positions[None].expand(batch, -1)
+
+
+def _make_block(config: DreamConfig, layer_idx: int) -> nn.Module:
+    if config.block_types[layer_idx] == "cross":
+        return DreamCrossAttentionBlock(config, layer_idx)
+    return DreamSelfAttentionBlock(config, layer_idx, has_input_norm=config.block_types[layer_idx] == "final")
+
+
+def _norm_or_identity(config: DreamConfig, is_norm: bool) -> nn.Module:
+    return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if is_norm else nn.Identity()
+
+
+for _auto_class in (AutoModel, AutoModelForCausalLM):
+    _auto_class.register(DreamConfig, DreamDrafter, exist_ok=True)

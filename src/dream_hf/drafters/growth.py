@@ -1,0 +1,164 @@
+"""Growing a draft tree with the drafter (paper, section 3.1; the dynamic tree of EAGLE-2, arXiv 2406.16858).
+
+B rows, k beams per level, N drafted nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+
+from ..decoding.tree import DraftTree
+from ..runtime.threads import cpu_threads
+from .dream.configuration import DreamConfig
+from .dream.state import DrafterState
+from .levels import Level, TargetHead, first_level, index_of
+
+# Scores of a child and its parent can tie when the child is certain. A small price per level makes parents win, so that
+# a node is never kept without its parent.
+LEVEL_PRICE = 1e-3
+
+
+@dataclass
+class _Candidates:
+    """All expanded nodes so far, in order of levels: tokens and cumulative log-probabilities (B, n) of each level.
+
+    `parents` (B, m) of a level are the nodes it comes from, as places in the level above, and -1 for the root.
+    """
+
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+    parents: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, level: Level, parents: torch.Tensor) -> None:
+        """Add a level, whose nodes are the children of `parents` (B, m), equally many of each."""
+        self.tokens.append(level.tokens)
+        self.scores.append(level.scores)
+        self.parents.append(parents)
+
+    def parent_of_each(self) -> torch.Tensor:
+        """Parent of each candidate among all of them, -1 for the root: (B, C)."""
+        starts, above = [0], 0  # where the level above a level starts
+        for tokens in self.tokens[:-1]:
+            starts.append(above)
+            above += tokens.shape[1]
+        parents = torch.cat(self.parents, dim=1)
+        start = [start for start, level in zip(starts, self.parents, strict=True) for _ in range(level.shape[1])]
+        children = self.tokens[0].shape[1]
+        return (parents + torch.tensor(start, device=parents.device))[..., None].expand(-1, -1, children).flatten(1)
+
+
+def grow_tree(
+    state: DrafterState,
+    head: TargetHead,
+    root_tokens: torch.Tensor,
+    config: DreamConfig,
+    max_depth: int | None = None,
+) -> DraftTree:
+    """Draft a tree below each row's last token.
+
+    At every level the `tree_top_k` beams of highest cumulative probability are each expanded by their `tree_top_k`
+    likeliest tokens; of all expanded nodes the `tree_size` best are kept, and a kept node's parent always is. With the
+    config's thresholds growth stops, and nodes are left out, where they are reached too rarely; it also stops where all
+    beams end the text.
+
+    Args:
+        state (`DrafterState`): A state that has read all verified text; its tentative slots are empty again on return.
+        head (`TargetHead`): The target's embedding and head.
+        root_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
+        config (`DreamConfig`): `tree_depth`, `tree_top_k`, `tree_size`, `tree_min_level_probability`,
+            `tree_min_node_probability` and `draft_threads`.
+        max_depth (`int`, *optional*): Most levels that can be of use, 0 for the root alone; by default `config.tree_depth`.
+
+    Returns:
+        `DraftTree`: At most `tree_size` nodes and the root, on the state's device.
+    """
+    root_tokens = root_tokens.to(state.drafter.device)
+    num_levels = config.tree_depth if max_depth is None else min(max_depth, config.tree_depth)
+    if num_levels < 1:
+        return DraftTree.chain(root_tokens)
+    with cpu_threads(config.draft_threads):
+        tree = _best_tree(_expand_levels(state, head, config, num_levels), root_tokens, config)
+    return tree if head.barred is None else _without(tree, head.barred)
+
+
+def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, num_levels: int) -> _Candidates:
+    """All nodes found on the way down, level by level."""
+    found, top_k = _Candidates(), config.tree_top_k
+    assert state.root_features is not None  # something has been read
+    num_columns = state.reserve(num_levels * top_k)
+    lengths = state.tokens.tensor(state.drafter.device)
+    level = first_level(head, state.root_features, lengths, num_columns, top_k)
+    found.add(level, torch.full_like(level.tokens[:, :1], -1))
+    for depth in range(1, num_levels):
+        promising = _promising(level, head, config)
+        if not promising:
+            break
+        parents = level.best[:, index_of(promising)]
+        level = state.next_level(head, level.beams(promising), depth, top_k)
+        found.add(level, parents)
+    state.forget_beams()
+    return found
+
+
+def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
+    """Keep the `tree_size` best candidates, in the order they were found, so that parents come first."""
+    num_nodes, num_levels = config.tree_size, len(found.tokens)
+    log_probs = torch.cat(found.scores, dim=1)
+    scores = log_probs - _level_prices(tuple(level.shape[1] for level in found.scores), log_probs.device)
+    if config.tree_min_node_probability:
+        is_likely = log_probs >= math.log(config.tree_min_node_probability)
+        scores = torch.where(
+            is_likely, scores, scores - LEVEL_PRICE * num_levels
+        )  # whatever the levels: behind the likely
+        num_nodes = min(max(int(is_likely.sum(-1).max()), 1), num_nodes)
+    chosen = scores.topk(min(num_nodes, scores.shape[1]), dim=-1).indices.sort(dim=-1).values
+    tokens = torch.cat(found.tokens, dim=1).gather(1, chosen)
+    parents = found.parent_of_each().gather(1, chosen)
+
+    # Node index of every candidate: 0 for the root, kept at the end so that parent -1 finds it.
+    nodes = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.long, device=scores.device)
+    nodes.scatter_(1, chosen, torch.arange(1, chosen.shape[1] + 1, device=scores.device).expand_as(chosen))
+    parents = nodes.gather(1, parents % nodes.shape[1])
+    return DraftTree.from_parents(
+        torch.cat([root_tokens, tokens], dim=1),
+        torch.cat([torch.zeros_like(root_tokens), parents], dim=1),
+        num_levels,
+    )
+
+
+def _without(tree: DraftTree, barred: torch.Tensor) -> DraftTree:
+    """`tree` with its root's token, a harmless guess, in place of the tokens `barred` (n,)."""
+    is_barred = torch.isin(tree.tokens, barred.to(tree.tokens.device))
+    return replace(tree, tokens=torch.where(is_barred, tree.tokens[:, :1], tree.tokens))
+
+
+@lru_cache(maxsize=64)
+def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """`LEVEL_PRICE` times the level of every candidate, (C,)."""
+    return torch.tensor([LEVEL_PRICE * level for level, size in enumerate(level_sizes) for _ in range(size)]).to(
+        device
+    )
+
+
+def _promising(level: Level, head: TargetHead, config: DreamConfig) -> list[int]:
+    """Which of the best nodes to expand: none where they are reached too rarely together, or all of them end the text.
+
+    A node that every row would leave out, with all that is below it, is not worth it. Off the CPU, without thresholds, that
+    is not worth a transfer to the host.
+    """
+    min_level, min_node = config.tree_min_level_probability, config.tree_min_node_probability
+    if level.scores.device.type != "cpu" and not min_level and not min_node:
+        return list(range(level.best.shape[1]))
+    rows = [
+        [0.0 if token in head.ends else math.exp(score) for token, score in zip(*row, strict=True)]
+        for row in zip(level.best_tokens.tolist(), level.best_scores.tolist(), strict=True)
+    ]
+    if max(sum(row) for row in rows) < min_level:
+        return []
+    return [
+        place for place, values in enumerate(zip(*rows, strict=True)) if (best := max(values)) and best >= min_node
+    ]

@@ -1,0 +1,132 @@
+"""One level of a draft tree as functions of tensors: who the beams are, what they see, what comes below them.
+
+B rows, k beams, H width. A mask's column c stands for token slot c and for feature slot c - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+
+from .dream.functional import Angles, LeanDrafter
+
+
+@dataclass(frozen=True)
+class TargetHead:
+    """The two ends of the target a drafter borrows: `embed` (ids (...) -> (..., H)) and `logits` ((..., H) -> (..., V)).
+
+    With `token_ids` (R,), a reduced draft vocabulary on the drafter's device, `logits` are those of these tokens, (..., R).
+    Below the tokens `ends`, which end a text, nothing need be drafted; the tokens `barred` (n,) must not be.
+    """
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    token_ids: torch.Tensor | None = None
+    ends: frozenset[int] = frozenset()
+    barred: torch.Tensor | None = None
+
+
+class Beams(NamedTuple):
+    """The m nodes of a level that are expanded, at most k, in each of B rows."""
+
+    tokens: torch.Tensor  # (B, m)
+    scores: torch.Tensor  # (B, m), cumulative log-probabilities
+    features: torch.Tensor  # (B, m, H), their parents'
+    sees: torch.Tensor  # (B, m, columns), the verified tokens, their ancestors and themselves
+    own: torch.Tensor  # (B, k, 1), the token slots for k beams, the first m of which these are written to
+
+
+class Level(NamedTuple):
+    """All expanded nodes of a level, n of them in each row, and the k best of them, which may be expanded in turn."""
+
+    tokens: torch.Tensor  # (B, n)
+    scores: torch.Tensor  # (B, n)
+    best: torch.Tensor  # (B, k), places of the best nodes among all, best first
+    best_tokens: torch.Tensor  # (B, k)
+    best_scores: torch.Tensor  # (B, k)
+    hidden: torch.Tensor  # (B, parents, H), features of the parents, each of which has k children
+    sees: torch.Tensor  # (B, parents, columns), what the parents see
+    own: torch.Tensor  # (B, k, 1), the token slots for k beams
+
+    def beams(self, places: list[int]) -> Beams:
+        """Some of the best nodes as beams: each sees what its parent saw, and itself."""
+        num_beams, chosen = len(places), index_of(places)
+        if self.hidden.shape[1] == 1:
+            features, sees = self.hidden.expand(-1, num_beams, -1), self.sees.expand(-1, num_beams, -1)
+        else:
+            parents = (self.best[:, chosen] // self.best.shape[1])[..., None]
+            features = self.hidden.gather(1, parents.expand(-1, -1, self.hidden.shape[-1]))
+            sees = self.sees.gather(1, parents.expand(-1, -1, self.sees.shape[-1]))
+        sees = sees.scatter(2, self.own[:, :num_beams], True)
+        return Beams(self.best_tokens[:, chosen], self.best_scores[:, chosen], features, sees, self.own)
+
+
+def index_of(places: list[int]) -> slice | list[int]:
+    """Rising places as an index: the first few as a slice, which copies nothing."""
+    return slice(len(places)) if places[-1] == len(places) - 1 else places
+
+
+def first_level(
+    head: TargetHead, root_features: torch.Tensor, lengths: torch.Tensor, num_columns: int, top_k: int
+) -> Level:
+    """The likeliest tokens below the root, from its features (B, 1, H), in rows of `lengths` (B,) verified tokens."""
+    scores, tokens = _top_log_probs(head, root_features, top_k)  # (B, 1, k) each
+    verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
+    own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
+    return _ranked(tokens, scores, root_features, verified[:, None], own)
+
+
+def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> Level:
+    """The children of `beams`, whose features are `hidden` (B, m, H), `top_k` of each."""
+    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, m, top_k) each
+    return _ranked(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + beams.tokens.shape[1])
+
+
+def _ranked(
+    tokens: torch.Tensor,  # (B, parents, k), likeliest first
+    scores: torch.Tensor,  # (B, parents, k)
+    hidden: torch.Tensor,  # (B, parents, H)
+    sees: torch.Tensor,  # (B, parents, columns)
+    own: torch.Tensor,  # (B, k, 1)
+) -> Level:
+    """The level of these nodes, and its k best."""
+    num_parents, top_k = tokens.shape[1:]
+    tokens, scores = tokens.flatten(1), scores.flatten(1)
+    if num_parents == 1:  # its children are all there is
+        best = torch.arange(top_k, device=tokens.device).expand_as(tokens)
+        return Level(tokens, scores, best, tokens, scores, hidden, sees, own)
+    best_scores, best = scores.topk(top_k, dim=-1)
+    return Level(tokens, scores, best, tokens.gather(1, best), best_scores, hidden, sees, own)
+
+
+def lean_level(
+    lean: LeanDrafter,
+    cache: Cache,
+    head: TargetHead,
+    beams: Beams,
+    angles: Angles,
+    top_k: int,
+) -> Level:
+    """A whole level as one function of tensors, to be compiled: the beams go in, their children come out."""
+    embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
+    return next_level(head, beams, lean(embeds, beams.features, beams.sees, angles, cache), top_k)
+
+
+def let_beams_vary(beams: Beams) -> None:
+    """Let code compiled for these beams serve any other number of them (but one, which is another graph) and of columns."""
+    for part in beams[:-1]:
+        torch._dynamo.maybe_mark_dynamic(part, 1)
+    torch._dynamo.maybe_mark_dynamic(beams.sees, 2)
+
+
+def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities, relative to what may be drafted, and tokens of the `top_k` likeliest successors.
+
+    (B, n, H) -> (B, n, k) each.
+    """
+    scores, tokens = head.logits(features).to(features.device).log_softmax(-1).topk(top_k, dim=-1)
+    return scores, tokens if head.token_ids is None else head.token_ids[tokens]

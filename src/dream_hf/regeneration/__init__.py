@@ -1,0 +1,1 @@
+"""Answers written by the target itself, to train on."""
