@@ -12,8 +12,14 @@ def drafting_in_every_step(monkeypatch):
     monkeypatch.setattr(configuration_dream, "NEW_DRAFTERS_PAUSE_BELOW", 0.0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def double_stays_double():
-    """Models in float64 compute in float64 throughout; nothing changes for other models."""
+@pytest.fixture(scope="module", autouse=True)
+def double_stays_double(request):
+    """Models in float64 compute in float64 throughout; nothing changes for other models.
+
+    A module whose models are traced by torch.compile, which cannot look at callers, says `KEEPS_DOUBLE = False`.
+    """
+    if not getattr(request.module, "KEEPS_DOUBLE", True):
+        yield
+        return
     with keeping_double():
         yield
