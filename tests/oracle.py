@@ -15,7 +15,8 @@ from family_configs import TEXT_IDS
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dream_hf.drafters.dream.modeling import DreamDrafter, DreamDrafterOutput
+from dream_hf.drafters.dream.drafter import DreamDrafter
+from dream_hf.drafters.dream.modeling import DreamDrafterOutput
 from dream_hf.targets.target import Target
 
 FITTING_STEPS = 60

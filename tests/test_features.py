@@ -6,7 +6,7 @@ from answered import Answered, answer
 from double import TIGHT
 from families import FAMILIES, family
 
-from dream_hf.drafters.dream.modeling import DreamDrafter
+from dream_hf.drafters.dream.drafter import DreamDrafter
 from dream_hf.drafters.dream.state import DrafterState
 from dream_hf.drafters.growth import grow_tree
 from dream_hf.drafters.levels import TargetHead

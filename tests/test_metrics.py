@@ -8,7 +8,7 @@ from answered import answer
 from families import family
 from oracle import make_oracle, make_plan
 
-from dream_hf.drafters.dream.modeling import DreamDrafter
+from dream_hf.drafters.dream.drafter import DreamDrafter
 from dream_hf.drafters.levels import TargetHead
 from dream_hf.targets.target import Target
 from dream_hf.training.acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decoding

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from .decoding.loop import dream_generate as dream_generate
     from .decoding.outputs import DreamGenerateOutput as DreamGenerateOutput
     from .drafters.dream.configuration import DreamConfig as DreamConfig
-    from .drafters.dream.modeling import DreamDrafter as DreamDrafter
-    from .drafters.dream.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
+    from .drafters.dream.drafter import DreamDrafter as DreamDrafter
+    from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
     from .training.trainer import DreamTrainer as DreamTrainer
 
 _MODULES = {
     "DreamCandidateGenerator": "decoding.assisted",
     "DreamConfig": "drafters.dream.configuration",
-    "DreamDrafter": "drafters.dream.modeling",
+    "DreamDrafter": "drafters.dream.drafter",
     "DreamGenerateOutput": "decoding.outputs",
     "DreamTrainer": "training.trainer",
     "DreamTrainingArguments": "training.arguments",
-    "choose_draft_vocabulary": "drafters.dream.vocabulary",
+    "choose_draft_vocabulary": "drafters.vocabulary",
     "count_answer_tokens": "data",
     "dream_chain_generate": "decoding.assisted",
     "dream_generate": "decoding.loop",

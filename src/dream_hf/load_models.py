@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
-from .drafters.dream.modeling import DreamDrafter
+from .drafters.dream.drafter import DreamDrafter
 
 DEMO = "demo"
 

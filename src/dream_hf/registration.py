@@ -120,7 +120,7 @@ _HOOKS: dict[str, Callable[[Callable], Callable]] = {
 
 def _drafter_in(model: Any) -> Any:
     """The drafter a user passed, be it wrapped by PEFT, or None for another assistant."""
-    modeling = sys.modules.get(f"{__package__}.drafters.dream.modeling")
+    modeling = sys.modules.get(f"{__package__}.drafters.dream.drafter")
     if modeling is None:
         return None
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -139,7 +139,7 @@ def _register_model(module: ModuleType) -> None:
     The drafter's module imports transformers' models, one of which may be what is being imported right now, so a stand-in
     is registered. When the module is imported, it registers the drafter itself.
     """
-    if f"{__package__}.drafters.dream.modeling" in sys.modules:
+    if f"{__package__}.drafters.dream.drafter" in sys.modules:
         return
     from .drafters.dream.configuration import DreamConfig
 
@@ -159,7 +159,7 @@ def _register_model(module: ModuleType) -> None:
 
 
 def _drafter_class() -> Any:
-    return importlib.import_module(f"{__package__}.drafters.dream.modeling").DreamDrafter
+    return importlib.import_module(f"{__package__}.drafters.dream.drafter").DreamDrafter
 
 
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {

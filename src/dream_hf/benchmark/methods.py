@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from ..decoding import loop as generation
 from ..drafters.dream.configuration import DreamConfig
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..targets.target import VISUAL_TOKEN_IDS, unwrap
 
 COMPILED_METHODS = ("plain_compiled", "dream_tree_compiled")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..training.feature_cache import fingerprint_weights
 from ..version import __version__
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.prompts import PromptEncoder
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from .methods import Method
 from .phases import profile_steps
 from .plots import write_plots

@@ -15,7 +15,7 @@ from torch import nn
 from ..data.prompts import PromptEncoder
 from ..decoding import loop as generation
 from ..decoding.target_forward import CompiledForwards, Forwards
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.dream.state import CompiledDrafterState, DrafterState
 from ..drafters.levels import TargetHead
 from .measure import measure, synchronize

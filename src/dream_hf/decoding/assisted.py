@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..compat import CACHE
 from ..drafters.dream.compression import compress_text
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.dream.state import DrafterState
 from ..drafters.growth import grow_tree
 from ..drafters.levels import TargetHead

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from ..compat import CACHE
 from ..drafters.dream.configuration import describe_target
-from ..drafters.dream.modeling import DreamDrafter
-from ..drafters.dream.vocabulary import check_draft_vocabulary
+from ..drafters.dream.drafter import DreamDrafter
+from ..drafters.vocabulary import check_draft_vocabulary
 from ..runtime.compilation import Settings, chosen_settings, missing_compiler, uncompilable
 from ..runtime.kv_cache import unsupported_layer
 from ..targets.suitability import rereads, unsuitable

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+
+from ..runtime.alignment import left_aligned
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,49 @@ class DraftTree:
             ancestors.expand(batch, -1, -1),
             num_nodes - 1,
         )
+
+    @classmethod
+    def from_chains(cls, root_tokens: torch.Tensor, chains: Sequence[Sequence[int]]) -> DraftTree:
+        """One chain below each root (B, 1). Rows with shorter chains are filled up with copies of the root below it."""
+        longest = max(len(chain) for chain in chains)
+        roots = root_tokens[:, 0].tolist()
+        tokens = [[root, *chain] + [root] * (longest - len(chain)) for root, chain in zip(roots, chains, strict=True)]
+        parents = [[0, *range(len(chain))] + [0] * (longest - len(chain)) for chain in chains]
+        device = root_tokens.device
+        return cls.from_parents(torch.tensor(tokens, device=device), torch.tensor(parents, device=device), longest)
+
+    def cut(self, max_depth: int) -> DraftTree:
+        """The tree without its nodes below a depth; rows that lose more are filled up with copies of the root below it."""
+        if self.max_depth <= max_depth:
+            return self
+        keep = self.depths <= max_depth
+        order, counts = left_aligned(keep)
+        order = order[:, : int(counts.max())]
+        is_filler = torch.arange(order.shape[1], device=order.device) >= counts[:, None]
+        places = keep.long().cumsum(-1) - 1  # where each kept node goes
+        tokens = torch.where(is_filler, self.tokens[:, :1], self.tokens.gather(1, order))
+        parents = places.gather(1, self.parents.gather(1, order)).masked_fill(is_filler, 0)
+        return DraftTree.from_parents(tokens, parents, max_depth)
+
+    def without(self, token_ids: torch.Tensor | None) -> DraftTree:
+        """The tree with the root's token in place of `token_ids` (n,), which no node may have."""
+        if token_ids is None:
+            return self
+        unwanted = torch.isin(self.tokens, token_ids.to(self.tokens.device))
+        return replace(self, tokens=torch.where(unwanted, self.tokens[:, :1], self.tokens))
+
+    def padded(self, num_nodes: int) -> DraftTree:
+        """The tree with copies of the root behind its nodes, `num_nodes` in all, that no node sees and that see no node."""
+        missing = num_nodes - self.num_nodes
+        if not missing:
+            return self
+
+        def pad(values: torch.Tensor) -> torch.Tensor:  # (B, N)
+            return torch.cat([values, values[:, :1].expand(-1, missing)], dim=1)
+
+        ancestors = torch.nn.functional.pad(self.ancestors, (0, missing, 0, missing))
+        ancestors[:, self.num_nodes :, self.num_nodes :] = torch.eye(missing, dtype=torch.bool, device=ancestors.device)
+        return DraftTree(pad(self.tokens), pad(self.parents), pad(self.depths), ancestors, self.max_depth)
 
     def to(self, device: torch.device) -> DraftTree:
         """The same tree on another device."""

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.dream.state import DrafterState
 from .draft_schedule import Unread
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 
 TARGET = Path(__file__).with_name("target")
 DRAFTER = Path(__file__).with_name("drafter")

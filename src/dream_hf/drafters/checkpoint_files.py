@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import extract_commit_hash
 
 from ..hub.downloads import fetch_file
-from .dream.configuration import DreamConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -57,11 +56,14 @@ class Checkpoint:
     shapes: Shapes
 
 
-def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub: Any) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike, model_type: str, variant: str | None = None, **hub: Any
+) -> Checkpoint:
     """Find a drafter's files and read their headers; no weight is read.
 
     Args:
         source (`str` or `os.PathLike`): A folder or a Hub id.
+        model_type (`str`): What its config.json has to say.
         variant (`str`, *optional*): As in `from_pretrained`: `model.<variant>.safetensors`.
         **hub: Any of `HUB_ARGUMENTS`.
 
@@ -70,7 +72,8 @@ def open_checkpoint(source: str | os.PathLike, variant: str | None = None, **hub
         ValueError: The folder or repo holds something else than a drafter in safetensors, or a damaged file.
     """
     config_file = fetch_file(source, "config.json", **hub)
-    _check_kind(source, config_file, fetch_file(source, "adapter_config.json", is_optional=True, **hub))
+    adapter_file = fetch_file(source, "adapter_config.json", is_optional=True, **hub)
+    _check_kind(source, model_type, config_file, adapter_file)
     revision = extract_commit_hash(None if config_file is None else config_file.as_posix(), None)
     hub = {**hub, "revision": revision or hub.get("revision")}
     files = _find_weights(source, variant, **hub)
@@ -104,10 +107,10 @@ def read_object(source: str | os.PathLike, file: Path) -> dict[str, Any]:
     return fields
 
 
-def load_config(source: str | os.PathLike, **arguments: Any) -> DreamConfig:
-    """`DreamConfig.from_pretrained` with every refusal a `ValueError` that names the source."""
+def load_config(config_class: Any, source: str | os.PathLike, **arguments: Any) -> Any:
+    """`config_class.from_pretrained` with every refusal a `ValueError` that names the source."""
     try:
-        return DreamConfig.from_pretrained(source, **arguments)
+        return config_class.from_pretrained(source, **arguments)
     except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"config.json of {os.fspath(source)!r} does not describe a drafter. {error}") from error
 
@@ -136,7 +139,9 @@ def refuse_keys(
         )
 
 
-def _check_kind(source: str | os.PathLike, config_file: Path | None, adapter_file: Path | None) -> None:
+def _check_kind(
+    source: str | os.PathLike, model_type: str, config_file: Path | None, adapter_file: Path | None
+) -> None:
     """Refuse what is no drafter, with the way to use it where there is one."""
     if adapter_file is not None:
         raise ValueError(
@@ -146,10 +151,10 @@ def _check_kind(source: str | os.PathLike, config_file: Path | None, adapter_fil
     if config_file is None:
         raise OSError(f"{os.fspath(source)!r} has no config.json: this is no saved drafter. Check the path.")
     fields = read_object(source, config_file)
-    if fields.get("model_type") != DreamConfig.model_type:
+    if fields.get("model_type") != model_type:
         raise ValueError(
             f"config.json of {os.fspath(source)!r} describes a {fields.get('model_type')!r} model, not a "
-            f"{DreamConfig.model_type!r}. A checkpoint in the published DREAM layout has to go through "
+            f"{model_type!r}. A checkpoint in the published DREAM layout has to go through "
             f"`dream-hf convert {os.fspath(source)} DESTINATION`."
         )
     if foreign := sorted(FOREIGN_FIELDS & {name for name, value in fields.items() if value is not None}):

@@ -1,6 +1,7 @@
-"""Growing a draft tree with the drafter (paper, section 3.1; the dynamic tree of EAGLE-2, arXiv 2406.16858).
+"""Growing a draft tree level by level (paper, section 3.1; the dynamic tree of EAGLE-2, arXiv 2406.16858).
 
-B rows, k beams per level, N drafted nodes.
+What a level costs and how it is made is a drafter's business; which nodes are expanded and which are kept is decided here, the
+same for all of them. B rows, k beams per level, N drafted nodes.
 """
 
 from __future__ import annotations
@@ -8,18 +9,42 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 
+from ..decoding.settings import DraftSettings
 from ..decoding.tree import DraftTree
+from ..runtime.phases import GROWTH, phase
 from ..runtime.threads import cpu_threads
-from .dream.configuration import DreamConfig
-from .dream.state import DrafterState
-from .levels import Level, TargetHead, first_level, index_of
+from .levels import index_of
 
 # Scores of a child and its parent can tie when the child is certain. A small price per level makes parents win, so that
 # a node is never kept without its parent.
 LEVEL_PRICE = 1e-3
+
+
+class Level(Protocol):
+    """What growth has to know of a level: all nodes that were found, n in each row, and the k best of them."""
+
+    tokens: torch.Tensor  # (B, n)
+    scores: torch.Tensor  # (B, n), cumulative log-probabilities
+    best: torch.Tensor  # (B, k), places of the best nodes among all, best first
+    best_tokens: torch.Tensor  # (B, k)
+    best_scores: torch.Tensor  # (B, k)
+
+
+class LevelSource(Protocol):
+    """What makes levels: a drafter that has read all verified text."""
+
+    def first_level(self, num_levels: int, top_k: int) -> Level:
+        """The likeliest tokens below the root, of a tree that may have up to `num_levels` levels."""
+
+    def next_level(self, level: Any, places: list[int], depth: int, top_k: int) -> Level:
+        """`top_k` children of each of the best nodes of `level` at `places`, which are at a depth of `depth`."""
+
+    def forget_levels(self) -> None:
+        """The tree is done; what was written for it can go."""
 
 
 @dataclass
@@ -52,68 +77,63 @@ class _Candidates:
 
 
 def grow_tree(
-    state: DrafterState,
-    head: TargetHead,
+    source: LevelSource,
     root_tokens: torch.Tensor,
-    config: DreamConfig,
+    settings: DraftSettings,
+    end_ids: frozenset[int] = frozenset(),
     max_depth: int | None = None,
 ) -> DraftTree:
     """Draft a tree below each row's last token.
 
     At every level the `tree_top_k` beams of highest cumulative probability are each expanded by their `tree_top_k`
-    likeliest tokens; of all expanded nodes the `tree_size` best are kept, and a kept node's parent always is. With the
-    config's thresholds growth stops, and nodes are left out, where they are reached too rarely; it also stops where all
-    beams end the text.
+    likeliest tokens; of all expanded nodes the `tree_size` best are kept, and a kept node's parent always is. With
+    thresholds growth stops, and nodes are left out, where they are reached too rarely; it also stops where all beams end the
+    text.
 
     Args:
-        state (`DrafterState`): A state that has read all verified text; its tentative slots are empty again on return.
-        head (`TargetHead`): The target's embedding and head.
-        root_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
-        config (`DreamConfig`): `tree_depth`, `tree_top_k`, `tree_size`, `tree_min_level_probability`,
-            `tree_min_node_probability` and `draft_threads`.
-        max_depth (`int`, *optional*): Most levels that can be of use, 0 for the root alone; by default `config.tree_depth`.
+        source (`LevelSource`): Makes the levels.
+        root_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row, on the drafter's device.
+        settings (`DraftSettings`): Size and thresholds of the tree, and the threads that grow it.
+        end_ids (`frozenset[int]`): Tokens that end a text; below them nothing is drafted.
+        max_depth (`int`, *optional*): Most levels that can be of use, 0 for the root alone; by default `tree_depth`.
 
     Returns:
-        `DraftTree`: At most `tree_size` nodes and the root, on the state's device.
+        `DraftTree`: At most `tree_size` nodes and the root.
     """
-    root_tokens = root_tokens.to(state.drafter.device)
-    num_levels = config.tree_depth if max_depth is None else min(max_depth, config.tree_depth)
+    num_levels = settings.tree_depth if max_depth is None else min(max_depth, settings.tree_depth)
     if num_levels < 1:
         return DraftTree.chain(root_tokens)
-    with cpu_threads(config.draft_threads):
-        tree = _best_tree(_expand_levels(state, head, config, num_levels), root_tokens, config)
-    return tree if head.barred is None else _without(tree, head.barred)
+    with phase(GROWTH), cpu_threads(settings.draft_threads):
+        return _best_tree(_expand_levels(source, settings, end_ids, num_levels), root_tokens, settings)
 
 
-def _expand_levels(state: DrafterState, head: TargetHead, config: DreamConfig, num_levels: int) -> _Candidates:
+def _expand_levels(
+    source: LevelSource, settings: DraftSettings, end_ids: frozenset[int], num_levels: int
+) -> _Candidates:
     """All nodes found on the way down, level by level."""
-    found, top_k = _Candidates(), config.tree_top_k
-    assert state.root_features is not None  # something has been read
-    num_columns = state.reserve(num_levels * top_k)
-    lengths = state.tokens.tensor(state.drafter.device)
-    level = first_level(head, state.root_features, lengths, num_columns, top_k)
+    found, top_k = _Candidates(), settings.tree_top_k
+    level = source.first_level(num_levels, top_k)
     found.add(level, torch.full_like(level.tokens[:, :1], -1))
     for depth in range(1, num_levels):
-        promising = _promising(level, head, config)
+        promising = _promising(level, settings, end_ids)
         if not promising:
             break
         parents = level.best[:, index_of(promising)]
-        level = state.next_level(head, level.beams(promising), depth, top_k)
+        level = source.next_level(level, promising, depth, top_k)
         found.add(level, parents)
-    state.forget_beams()
+    source.forget_levels()
     return found
 
 
-def _best_tree(found: _Candidates, root_tokens: torch.Tensor, config: DreamConfig) -> DraftTree:
+def _best_tree(found: _Candidates, root_tokens: torch.Tensor, settings: DraftSettings) -> DraftTree:
     """Keep the `tree_size` best candidates, in the order they were found, so that parents come first."""
-    num_nodes, num_levels = config.tree_size, len(found.tokens)
+    num_nodes, num_levels = settings.tree_size, len(found.tokens)
     log_probs = torch.cat(found.scores, dim=1)
     scores = log_probs - _level_prices(tuple(level.shape[1] for level in found.scores), log_probs.device)
-    if config.tree_min_node_probability:
-        is_likely = log_probs >= math.log(config.tree_min_node_probability)
-        scores = torch.where(
-            is_likely, scores, scores - LEVEL_PRICE * num_levels
-        )  # whatever the levels: behind the likely
+    if settings.tree_min_node_probability:
+        is_likely = log_probs >= math.log(settings.tree_min_node_probability)
+        # Whatever the levels: behind the likely.
+        scores = torch.where(is_likely, scores, scores - LEVEL_PRICE * num_levels)
         num_nodes = min(max(int(is_likely.sum(-1).max()), 1), num_nodes)
     chosen = scores.topk(min(num_nodes, scores.shape[1]), dim=-1).indices.sort(dim=-1).values
     tokens = torch.cat(found.tokens, dim=1).gather(1, chosen)
@@ -144,17 +164,17 @@ def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.T
     )
 
 
-def _promising(level: Level, head: TargetHead, config: DreamConfig) -> list[int]:
+def _promising(level: Level, settings: DraftSettings, end_ids: frozenset[int]) -> list[int]:
     """Which of the best nodes to expand: none where they are reached too rarely together, or all of them end the text.
 
     A node that every row would leave out, with all that is below it, is not worth it. Off the CPU, without thresholds, that
     is not worth a transfer to the host.
     """
-    min_level, min_node = config.tree_min_level_probability, config.tree_min_node_probability
+    min_level, min_node = settings.tree_min_level_probability, settings.tree_min_node_probability
     if level.scores.device.type != "cpu" and not min_level and not min_node:
         return list(range(level.best.shape[1]))
     rows = [
-        [0.0 if token in head.ends else math.exp(score) for token, score in zip(*row, strict=True)]
+        [0.0 if token in end_ids else math.exp(score) for token, score in zip(*row, strict=True)]
         for row in zip(level.best_tokens.tolist(), level.best_scores.tolist(), strict=True)
     ]
     if max(sum(row) for row in rows) < min_level:

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import Cache
-
-from .dream.functional import Angles, LeanDrafter
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,11 @@ class Beams(NamedTuple):
     own: torch.Tensor  # (B, k, 1), the token slots for k beams, the first m of which these are written to
 
 
-class Level(NamedTuple):
-    """All expanded nodes of a level, n of them in each row, and the k best of them, which may be expanded in turn."""
+class SlotLevel(NamedTuple):
+    """All expanded nodes of a level, n of them in each row, and the k best of them, which may be expanded in turn.
+
+    The level of a drafter that keeps beams in the tentative slots of its caches and reads their parents' features.
+    """
 
     tokens: torch.Tensor  # (B, n)
     scores: torch.Tensor  # (B, n)
@@ -72,7 +72,7 @@ def index_of(places: list[int]) -> slice | list[int]:
 
 def first_level(
     head: TargetHead, root_features: torch.Tensor, lengths: torch.Tensor, num_columns: int, top_k: int
-) -> Level:
+) -> SlotLevel:
     """The likeliest tokens below the root, from its features (B, 1, H), in rows of `lengths` (B,) verified tokens."""
     scores, tokens = _top_log_probs(head, root_features, top_k)  # (B, 1, k) each
     verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
@@ -80,7 +80,7 @@ def first_level(
     return _ranked(tokens, scores, root_features, verified[:, None], own)
 
 
-def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> Level:
+def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> SlotLevel:
     """The children of `beams`, whose features are `hidden` (B, m, H), `top_k` of each."""
     scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, m, top_k) each
     return _ranked(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + beams.tokens.shape[1])
@@ -92,35 +92,15 @@ def _ranked(
     hidden: torch.Tensor,  # (B, parents, H)
     sees: torch.Tensor,  # (B, parents, columns)
     own: torch.Tensor,  # (B, k, 1)
-) -> Level:
+) -> SlotLevel:
     """The level of these nodes, and its k best."""
     num_parents, top_k = tokens.shape[1:]
     tokens, scores = tokens.flatten(1), scores.flatten(1)
     if num_parents == 1:  # its children are all there is
         best = torch.arange(top_k, device=tokens.device).expand_as(tokens)
-        return Level(tokens, scores, best, tokens, scores, hidden, sees, own)
+        return SlotLevel(tokens, scores, best, tokens, scores, hidden, sees, own)
     best_scores, best = scores.topk(top_k, dim=-1)
-    return Level(tokens, scores, best, tokens.gather(1, best), best_scores, hidden, sees, own)
-
-
-def lean_level(
-    lean: LeanDrafter,
-    cache: Cache,
-    head: TargetHead,
-    beams: Beams,
-    angles: Angles,
-    top_k: int,
-) -> Level:
-    """A whole level as one function of tensors, to be compiled: the beams go in, their children come out."""
-    embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
-    return next_level(head, beams, lean(embeds, beams.features, beams.sees, angles, cache), top_k)
-
-
-def let_beams_vary(beams: Beams) -> None:
-    """Let code compiled for these beams serve any other number of them (but one, which is another graph) and of columns."""
-    for part in beams[:-1]:
-        torch._dynamo.maybe_mark_dynamic(part, 1)
-    torch._dynamo.maybe_mark_dynamic(beams.sees, 2)
+    return SlotLevel(tokens, scores, best, tokens.gather(1, best), best_scores, hidden, sees, own)
 
 
 def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,14 +24,14 @@ from .checkpoint_files import (
     refuse_keys,
     with_variant,
 )
-from .dream.configuration import DreamConfig
-from .dream.vocabulary import check_token_ids
+from .vocabulary import check_token_ids
 
 
 class StrictPreTrainedModel(PreTrainedModel):
     """A `PreTrainedModel` that loads safetensors only, and only exactly the tensors its config asks for."""
 
-    config: DreamConfig
+    config_class: Any
+    config: Any
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args: Any, config=None, **kwargs: Any):
@@ -39,7 +39,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
         Takes every argument of [`~transformers.PreTrainedModel.from_pretrained`] that makes sense for safetensors:
         `revision`, `subfolder`, `variant`, `dtype`, `device_map`, `local_files_only`, `token`, `cache_dir`, ..., and
-        the fields of [`DreamConfig`] to override.
+        the fields of its config to override.
 
         Raises:
             OSError: The Hub refused, could not be reached or broke off, or a file is damaged.
@@ -50,15 +50,14 @@ class StrictPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         if source is not None:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            checkpoint = open_checkpoint(source, kwargs.get("variant"), **hub)
+            checkpoint = open_checkpoint(source, cls.config_class.model_type, kwargs.get("variant"), **hub)
             # What follows finds every file in the cache, at the very commit that has been checked.
             kwargs.update(revision=checkpoint.revision or "main", force_download=False)
             if not isinstance(config, PreTrainedConfig):
                 hub.update(revision=checkpoint.revision, force_download=False)
-                config = load_config(config or source, **hub, **_pop_config_fields(kwargs))
+                config = load_config(cls.config_class, config or source, **hub, **_pop_config_fields(cls.config_class, kwargs))
             # Checked once more, as overrides are set after the config has checked itself.
-            config.check_shape()
-            config.check_drafting()
+            config.check()
             check_shapes(source, checkpoint.shapes, cls.expected_shapes(config))
             if config.draft_vocab_size is not None:
                 check_token_ids(read_tensor(checkpoint, "draft_token_ids"), config.vocab_size)
@@ -161,7 +160,7 @@ def _remove_older_weights(folder: str | os.PathLike, variant: str | None) -> Non
         min(both, key=lambda path: path.stat().st_mtime_ns).unlink()
 
 
-def _pop_config_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _pop_config_fields(config_class: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the arguments that override fields of the config, as transformers allows."""
-    fields = {field.name for field in dataclasses.fields(DreamConfig)} - {"dtype"}
+    fields = {field.name for field in dataclasses.fields(config_class)} - {"dtype"}
     return {name: kwargs.pop(name) for name in sorted(fields & kwargs.keys())}

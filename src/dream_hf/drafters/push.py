@@ -11,7 +11,8 @@ from pathlib import Path
 from ..hub.downloads import HUB_ERRORS, explain_upload
 from ..hub.publishing import collect_files, commit_files, create_repo
 from .checkpoint_files import check_shapes, load_config, open_checkpoint
-from .dream.modeling import DreamDrafter
+from .dream.configuration import DreamConfig
+from .dream.drafter import DreamDrafter
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def push_drafter(
         raise ValueError(
             f"`folder` ({os.fspath(folder)!r}) is no folder. Save the drafter with `save_pretrained` first."
         )
-    checkpoint = open_checkpoint(folder)
-    check_shapes(folder, checkpoint.shapes, DreamDrafter.expected_shapes(load_config(folder)))
+    checkpoint = open_checkpoint(folder, DreamConfig.model_type)
+    check_shapes(folder, checkpoint.shapes, DreamDrafter.expected_shapes(load_config(DreamConfig, folder)))
     if not dry_run:
         with _explained(repo_id):
             repo_id = create_repo(repo_id, private=private, token=token)

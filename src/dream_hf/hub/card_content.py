@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from ..drafters.dream.configuration import DreamConfig
 
 RESULTS, RECIPE, PROGRESS = "results.json", "recipe.yaml", "trainer_state.json"
 
@@ -34,7 +33,7 @@ class CardContent:
 
     target: Mapping[str, Any]
     drafter: str
-    config: DreamConfig | None = None
+    config: Any = None
     recipe: str | None = None
     progress: Mapping[str, Any] | None = None
     results: Mapping[str, Any] | None = None
@@ -43,7 +42,7 @@ class CardContent:
 
 
 def read_content(
-    folder: str | os.PathLike, config: DreamConfig, drafter: str | None = None, tags: Iterable[str] = ()
+    folder: str | os.PathLike, config: Any, drafter: str | None = None, tags: Iterable[str] = ()
 ) -> CardContent:
     """Collect what a folder says about its drafter; `drafter` is its Hub id, and the folder's name without one."""
     recipe = Path(folder, RECIPE)

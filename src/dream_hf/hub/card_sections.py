@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..drafters.dream.configuration import DreamConfig
 from .card_content import PROGRESS, RECIPE, RESULTS, CardContent, hub_id
 
 COLUMNS = {
@@ -38,7 +37,7 @@ def summary(content: CardContent) -> str:
     )
 
 
-def shape(config: DreamConfig | None) -> str:
+def shape(config: Any) -> str:
     """Shape, drafting defaults and versions."""
     if config is None:
         return "Not trained yet. Its shape will follow the target's text decoder (`DreamConfig.from_target`)."

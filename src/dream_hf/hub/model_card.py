@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +11,6 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..drafters.dream.configuration import DreamConfig
 from ..version import __version__
 from . import card_sections as sections
 from .card_content import CardContent, hub_id, parse_recipe, read_content
@@ -18,7 +19,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 MARKER = "<!-- Written by dream-hf."
 
 
-def write_card(folder: str | os.PathLike, config: DreamConfig, drafter: str | None = None) -> None:
+def write_card(folder: str | os.PathLike, config: Any, drafter: str | None = None) -> None:
     """Write `folder/README.md` from the files in the folder, unless it was written or edited by hand."""
     path = Path(folder, "README.md")
     if is_generated(path.read_text(encoding="utf-8") if path.is_file() else None):

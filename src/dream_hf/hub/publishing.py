@@ -8,9 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..drafters.dream.configuration import DreamConfig
 from ..version import __version__
 from .card_content import RECIPE, RESULTS, read_content
 from .model_card import TEMPLATES, is_generated, render_card
@@ -44,7 +44,7 @@ def collect_files(folder: str | os.PathLike, repo_id: str, tags: Iterable[str] =
     }
     card = files.get(CARD)
     if is_generated(card.read_text(encoding="utf-8") if isinstance(card, Path) else None):
-        config = DreamConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
         files[CARD] = render_card(read_content(folder, config, repo_id, tags)).encode()
     return {**files, **custom_generate_files()}
 

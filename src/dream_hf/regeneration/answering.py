@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data.prompts import PromptEncoder, on_model
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..targets.target import end_ids
 
 

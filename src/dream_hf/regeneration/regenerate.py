@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..data.bad_rows import BadRows
 from ..data.prompts import PromptEncoder
 from ..data.rows import RowSource, open_rows
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from .answering import Answerer
 from .rows import UnansweredRow, read_row, undecoded
 from .store import AnswerStore

@@ -7,7 +7,7 @@ would have without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -18,12 +18,7 @@ from torch import nn
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import logging
 
-from ..decoding.tree import DraftTree
-
 logger = logging.get_logger(__name__)
-
-BUCKET = 8  # drafted nodes of a verification are padded to a multiple of it where fewer nodes are cheaper
-PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -169,40 +164,3 @@ def uncompilable(model: Any) -> str | None:
 def run_model(model: Any, inputs: dict[str, Any]) -> Any:
     """A forward that also returns the features: `hidden_states[-1]` is what the decoder's final norm makes."""
     return model(**inputs)
-
-
-def padded_count(num_nodes: int, tree_size: int, device: torch.device) -> int:
-    """How many nodes a compiled forward runs over: one of a few numbers. Fewer nodes are cheaper on a CPU only."""
-    if device.type != "cpu" and num_nodes <= tree_size + 1:
-        return tree_size + 1
-    # A root alone is padded, too: another graph is dearer than a few nodes.
-    padded = -(-max(num_nodes - 1, 1) // BUCKET) * BUCKET + 1
-    return min(padded, tree_size + 1) if num_nodes <= tree_size + 1 else padded
-
-
-def pad_tree(tree: DraftTree, num_nodes: int) -> DraftTree:
-    """`tree` with copies of the root behind its nodes, `num_nodes` in all, that no node sees and that see no node."""
-    missing = num_nodes - tree.num_nodes
-    if not missing:
-        return tree
-
-    def padded(values: torch.Tensor) -> torch.Tensor:  # (B, N)
-        return torch.cat([values, values[:, :1].expand(-1, missing)], dim=1)
-
-    ancestors = nn.functional.pad(tree.ancestors, (0, missing, 0, missing))
-    ancestors[:, tree.num_nodes :, tree.num_nodes :] = torch.eye(missing, dtype=torch.bool, device=ancestors.device)
-    return DraftTree(padded(tree.tokens), padded(tree.parents), padded(tree.depths), ancestors, tree.max_depth)
-
-
-def let_nodes_vary(inputs: dict[str, Any]) -> None:
-    """Let code compiled for these inputs of a model serve any other number of nodes and of slots."""
-    for name in PER_TOKEN:
-        if inputs.get(name) is not None:
-            torch._dynamo.maybe_mark_dynamic(inputs[name], inputs[name].ndim - 1)
-    for mask in _masks(inputs.get("attention_mask")):
-        torch._dynamo.maybe_mark_dynamic(mask, [2, 3])
-
-
-def _masks(mask: Any) -> Iterable[torch.Tensor]:
-    parts = mask.values() if isinstance(mask, dict) else [mask]
-    return (part for part in parts if isinstance(part, torch.Tensor) and part.ndim == 4)

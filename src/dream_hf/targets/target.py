@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,13 +17,10 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from ..drafters.dream.vocabulary import reduced_head
 from .attention_statistics import ArgumentRecord, note_arguments
+from .reduced_head import reduced_head
 from .rotary import is_length_dependent, plain_angles
 from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_masks_available
-
-if TYPE_CHECKING:
-    from ..drafters.dream.modeling import DreamDrafter
 
 VISUAL_TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -112,14 +109,16 @@ class Target:
         """The target's logits (..., V) for features (..., H) in float32, scaling and soft-capping included."""
         return self.logit_rule(self.lm_head(features).float())
 
-    def draft_logits(self, drafter: DreamDrafter) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`logits` as a drafter drafts from them: of its `draft_token_ids` alone, (..., H) -> (..., R), or of all tokens.
+    def draft_logits(
+        self, drafter: nn.Module, token_ids: torch.Tensor | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`logits` as a drafter drafts from them: of its `token_ids` (R,) alone, (..., H) -> (..., R), or of all tokens.
 
         What is returned holds the head as it is now; ask again for the next `generate()`.
         """
-        if drafter.draft_token_ids is None:
+        if token_ids is None:
             return self.logits
-        head = reduced_head(self.lm_head, drafter)
+        head = reduced_head(self.lm_head, token_ids, drafter)
         return lambda features: self.logit_rule(head(features).float())
 
     def learn_logit_rule(self, features: torch.Tensor, logits: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..decoding.acceptance import accept_greedy
 from ..drafters.dream.configuration import DreamConfig
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.dream.state import DrafterState
 from ..drafters.growth import grow_tree
 from ..drafters.levels import TargetHead

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..drafters.dream.compression import left_aligned
 from ..drafters.visibility import DraftMasks, FromStart, OwnChains
+from ..runtime.alignment import left_aligned
 from .target_features import DrafterBatch
 
 LayerStates = dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer

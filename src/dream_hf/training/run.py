@@ -18,7 +18,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..drafters.dream.configuration import check_config_names
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..load_models import load_models
 from .arguments import DreamTrainingArguments
 from .trainer import DreamTrainer

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from ..data import ConversationDataset, count_answer_tokens
 from ..decoding.requests import check_target
 from ..drafters.dream.configuration import describe_target
-from ..drafters.dream.modeling import DreamDrafter
-from ..drafters.dream.vocabulary import check_draft_vocabulary, choose_draft_vocabulary
+from ..drafters.dream.drafter import DreamDrafter
+from ..drafters.vocabulary import check_draft_vocabulary, choose_draft_vocabulary
 from ..targets.target import Target, end_ids, unwrap
 from .arguments import DreamTrainingArguments
 from .feature_cache import fingerprint_rows, fingerprint_weights

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data import ConversationCollator, ConversationDataset, ConversationStream, is_stream
-from ..drafters.dream.modeling import DreamDrafter
+from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.levels import TargetHead
 from ..hub.model_card import write_card
 from ..targets.target import Target, end_ids, unwrap

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...data.prompts import on_model
-from ...drafters.dream.modeling import DreamDrafter
+from ...drafters.dream.drafter import DreamDrafter
 from ..measure import Clock, synchronize
 from ..methods import Method
 from .choice import Shape, Space, StepCosts, num_candidates

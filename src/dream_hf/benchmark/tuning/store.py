@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...drafters.dream.configuration import DreamConfig
-from ...drafters.dream.modeling import DreamDrafter
+from ...drafters.dream.drafter import DreamDrafter
 
 CONFIG = "config.json"
 COPIED_FOLDERS = ("custom_generate",)

@@ -20,7 +20,7 @@ from ...data.prompts import on_model
 from ...decoding import loop as generation
 from ...decoding.tree import DraftTree
 from ...drafters.dream.configuration import DreamConfig
-from ...drafters.dream.modeling import DreamDrafter
+from ...drafters.dream.drafter import DreamDrafter
 from ...drafters.dream.state import DrafterState
 from ...drafters.growth import LEVEL_PRICE, grow_tree
 from ...drafters.levels import TargetHead

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...data.prompts import PromptEncoder
-from ...drafters.dream.modeling import DreamDrafter
+from ...drafters.dream.drafter import DreamDrafter
 from ..measure import Measurement, measure
 from ..provenance import describe_run
 from ..runner import Settings

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...runtime.alignment import left_aligned
+
 
 @dataclass(frozen=True)
 class DrafterText:
@@ -112,15 +114,3 @@ def tokens_to_keep(importance: torch.Tensor, is_visual: torch.Tensor, keep_ratio
         1, ranking, torch.arange(ranking.shape[1], device=ranking.device).expand_as(ranking)
     )
     return ~is_visual | (ranks < quota)
-
-
-def left_aligned(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices that bring each row's kept tokens to its left end, in order.
-
-    Args:
-        keep (`torch.BoolTensor` of shape `(B, T)`): Tokens to keep.
-
-    Returns:
-        `tuple`: Indices (B, T) of which the first `counts[b]` matter, and counts (B,).
-    """
-    return (~keep).int().argsort(dim=-1, stable=True), keep.sum(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -10,6 +9,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+from ...decoding.settings import DraftSettings
 
 BLOCK_TYPES = ("initial", "cross", "final")
 MAX_PARAMETERS = 20_000_000_000
@@ -127,6 +128,10 @@ class DreamConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` for a shape no drafter can have, or defaults that draft nothing."""
         self.check_shape()
         self.check_drafting()
 
@@ -168,31 +173,20 @@ class DreamConfig(PreTrainedConfig):
 
     def check_drafting(self) -> None:
         """Raise a `ValueError` for decoding defaults that draft nothing; checked again at every `generate()`."""
-        for name in ("tree_depth", "tree_top_k", "tree_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` ({value!r}) must be an integer of at least 1.")
-        if self.tree_top_k > self.vocab_size:
-            raise ValueError(f"`tree_top_k` ({self.tree_top_k}) must not exceed `vocab_size` ({self.vocab_size}).")
-        if self.draft_vocab_size is not None and self.tree_top_k > self.draft_vocab_size:
-            raise ValueError(
-                f"`tree_top_k` ({self.tree_top_k}) must not exceed `draft_vocab_size` ({self.draft_vocab_size})."
-            )
-        for name in ("tree_min_level_probability", "tree_min_node_probability"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must lie in [0, 1).")
-        if self.draft_threads is not None and self.draft_threads < 1:
-            raise ValueError(
-                f"`draft_threads` ({self.draft_threads}) must be at least 1, or None for PyTorch's number."
-            )
-        if not 0.0 <= self.pause_below < math.inf:
-            raise ValueError(f"`pause_below` ({self.pause_below}) must be a number of tokens, 0 or above.")
+        self.check_width(DraftSettings.of(self))
         if not 0.0 < self.visual_keep_ratio <= 1.0:
             raise ValueError(f"`visual_keep_ratio` ({self.visual_keep_ratio}) must lie in (0, 1].")
         if self.visual_importance not in VISUAL_IMPORTANCE:
             raise ValueError(
                 f"`visual_importance` ({self.visual_importance!r}) must be one of {list(VISUAL_IMPORTANCE)}."
             )
+
+    def check_width(self, settings: DraftSettings) -> None:
+        """Raise a `ValueError` for settings that want more children than there are tokens to draft."""
+        for name in ("vocab_size", "draft_vocab_size"):
+            size = getattr(self, name)
+            if size is not None and settings.tree_top_k > size:
+                raise ValueError(f"`tree_top_k` ({settings.tree_top_k}) must not exceed `{name}` ({size}).")
 
     @property
     def needs_attention(self) -> bool:

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from ...hub.downloads import fetch_file
 from ..checkpoint_files import DamagedFileError, check_digest, read_object
 from .configuration import DreamConfig, describe_target
-from .modeling import DreamDrafter
+from .drafter import DreamDrafter
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Wrappers that prefix every name: torch's DistributedDataParallel and compile.

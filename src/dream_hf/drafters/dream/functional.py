@@ -18,18 +18,18 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
-from .modeling import DreamDrafter
+from .modeling import DreamModel
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 Angles = tuple[torch.Tensor, torch.Tensor]  # cosines, and sines with a negative first half: (B, 1, T, head_dim) each
 
 
-def lean_drafter(drafter: DreamDrafter) -> LeanDrafter | None:
+def lean_drafter(drafter: DreamModel) -> LeanDrafter | None:
     """The lean form of a drafter, or None for one that only its modules can run.
 
     That is one with hooks, adapters or quantised weights, one in training, and one with another attention than `"sdpa"`.
     """
-    is_plain = type(drafter) is DreamDrafter and all(_is_plain(module) for module in drafter.modules())
+    is_plain = type(drafter) is DreamModel and all(_is_plain(module) for module in drafter.modules())
     if not is_plain or drafter.training or drafter.config._attn_implementation != "sdpa":
         return None
     return LeanDrafter(drafter)
@@ -39,10 +39,10 @@ class LeanDrafter:
     """A drafter as a function for decoding. It holds the drafter's own weights: make a new one when they are replaced.
 
     Args:
-        drafter (`DreamDrafter`): One that [`lean_drafter`] accepts.
+        drafter (`DreamModel`): One that [`lean_drafter`] accepts.
     """
 
-    def __init__(self, drafter: DreamDrafter):
+    def __init__(self, drafter: DreamModel):
         self.input_norm, self.feature_norm = _function(drafter.input_norm), _function(drafter.feature_norm)
         self.norm = _function(drafter.norm)
         self.rotary = drafter.rotary_emb
@@ -59,7 +59,7 @@ class LeanDrafter:
         angles: Angles,
         cache: Cache,
     ) -> torch.Tensor:
-        """Features (B, T, H) of T new tokens behind those in the cache, as `DreamDrafter.forward` computes them.
+        """Features (B, T, H) of T new tokens behind those in the cache, as `DreamModel.forward` computes them.
 
         Column c stands for token c and for feature c - 1. Every token sees a feature.
         """

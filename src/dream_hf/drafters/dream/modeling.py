@@ -15,7 +15,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.auto import AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
@@ -28,12 +27,11 @@ from transformers.utils import ModelOutput
 from ..pretrained import StrictPreTrainedModel
 from ..visibility import DraftMasks, FromStart, Visibility, text_visibilities
 from .configuration import DreamConfig
-from .vocabulary import sorted_token_ids
 
 
 @dataclass
 class DreamDrafterOutput(ModelOutput):
-    """Output of [`DreamDrafter`].
+    """Output of a drafter's forward.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, T, H)`): Features after the final norm; the target's head
@@ -186,12 +184,8 @@ class DreamPreTrainedModel(StrictPreTrainedModel):
             nn.init.zeros_(module.cross_attn_mlp_gate)
 
 
-class DreamDrafter(DreamPreTrainedModel):
-    """The small model that drafts for a frozen target (DREAM, arXiv 2505.19201, section 3.1).
-
-    It has neither an embedding table nor an LM head: the target lends both, so its inputs are the target's embeddings
-    and its features go through the target's head.
-    """
+class DreamModel(DreamPreTrainedModel):
+    """The blocks and norms of a drafter (paper, section 3.1): embeddings and features in, features out."""
 
     draft_token_ids: torch.Tensor | None  # (draft_vocab_size,) rising, or None for all tokens
 
@@ -206,38 +200,6 @@ class DreamDrafter(DreamPreTrainedModel):
         self.register_buffer("draft_token_ids", None if num_drafted is None else torch.full((num_drafted,), -1))
         self.gradient_checkpointing = False
         self.post_init()
-
-    @classmethod
-    def for_target(cls, target: PreTrainedModel, **config_overrides: Any) -> DreamDrafter:
-        """A fresh, untrained drafter with the target's shapes, dtype and device.
-
-        Args:
-            target (`PreTrainedModel`): The model to draft for, vision-language or text-only.
-            **config_overrides: Any argument of [`DreamConfig`].
-
-        Returns:
-            `DreamDrafter`: In evaluation mode.
-        """
-        config = DreamConfig.from_target(target.config, **config_overrides)
-        drafter: Any = cls(config)
-        return drafter.to(device=target.device, dtype=target.dtype).eval()
-
-    def set_draft_vocabulary(self, token_ids: Sequence[int] | torch.Tensor | None) -> None:
-        """Draft these tokens only from now on, with those rows of the target's head; saved with the weights.
-
-        What the target generates stays the same: it verifies over its whole vocabulary. Drafted probabilities are
-        relative to the tokens that may be drafted.
-
-        Args:
-            token_ids (`Sequence[int]` or `torch.LongTensor` of shape `(R,)`, *optional*): The tokens, in any order, as
-                `choose_draft_vocabulary` chooses them; `None` for the whole vocabulary again.
-
-        Raises:
-            ValueError: No whole numbers, none at all, repeats, or tokens beyond `config.vocab_size`.
-        """
-        ids = None if token_ids is None else sorted_token_ids(token_ids, self.config.vocab_size).to(self.device)
-        self.draft_token_ids = ids
-        self.config.draft_vocab_size = None if ids is None else len(ids)
 
     def forward(
         self,
@@ -374,7 +336,3 @@ def _make_block(config: DreamConfig, layer_idx: int) -> nn.Module:
 
 def _norm_or_identity(config: DreamConfig, is_norm: bool) -> nn.Module:
     return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if is_norm else nn.Identity()
-
-
-for _auto_class in (AutoModel, AutoModelForCausalLM):
-    _auto_class.register(DreamConfig, DreamDrafter, exist_ok=True)

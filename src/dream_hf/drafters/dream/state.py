@@ -7,6 +7,7 @@ tentative slots behind them, and a beam sees of those only its own ancestors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,18 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
-from ...runtime.compilation import Settings, compiled_function
+from ...runtime.compilation import Settings as CompileSettings
+from ...runtime.compilation import compiled_function
+from ...decoding.settings import DraftSettings
 from ...runtime.kv_cache import Slots, slot_cache
 from ...runtime.static_kv_cache import StaticSlotLayer, StaticSlots, static_cache
 from ...runtime.threads import cpu_threads
-from ..levels import Beams, Level, TargetHead, lean_level, let_beams_vary, next_level
+from ..levels import Beams, SlotLevel, TargetHead, first_level, next_level
 from ..masked_attention import MASK_ENTRIES
 from ..visibility import DraftMasks, FromStart
 from .compression import DrafterText
-from .functional import Angles, lean_drafter
-from .modeling import DreamDrafter
+from .functional import Angles, LeanDrafter, lean_drafter
+from .modeling import DreamModel
 
 
 class DrafterState:
@@ -33,12 +36,14 @@ class DrafterState:
     what produced the token in slot s + 1, so whoever sees that token sees that feature, and one mask serves both.
 
     Args:
-        drafter (`DreamDrafter`): The drafter; not changed.
+        drafter (`DreamModel`): The drafter; not changed.
         batch_size (`int`): Rows.
+        settings (`DraftSettings`, *optional*): How to draft; by default as the drafter's config says.
     """
 
-    def __init__(self, drafter: DreamDrafter, batch_size: int):
+    def __init__(self, drafter: DreamModel, batch_size: int, settings: DraftSettings | None = None):
         self.drafter = drafter
+        self.settings = settings or DraftSettings.of(drafter.config)
         self.lean = lean_drafter(drafter)
         self.tokens, self.features, self.cache = self._make_cache(batch_size)
         self.root_features: torch.Tensor | None = None  # (B, 1, H), the drafter's own for the last token
@@ -58,7 +63,7 @@ class DrafterState:
         positions = positions.to(device)
         num_missing = embeds.shape[1] - features.shape[1]
         is_prompt = not self.features.longest  # many tokens: as many threads as there are
-        with cpu_threads(None if is_prompt else self.drafter.config.draft_threads):
+        with cpu_threads(None if is_prompt else self.settings.draft_threads):
             if self.tokens.longest:
                 hidden = self._read_behind(embeds, features, positions)
             else:
@@ -141,7 +146,7 @@ class DrafterState:
         self.extend(embeds.shape[1])
         return hidden
 
-    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> SlotLevel:
         """Run the beams at a depth, tentatively, and find `top_k` children of each."""
         embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
         return next_level(head, beams, self.beams(embeds, beams.features, beams.sees, depth), top_k)
@@ -172,7 +177,7 @@ class DrafterState:
         if self.lean is None or self.root_positions is None:
             return None
         if self.level_angles is None or level > self.level_angles[0].shape[2]:
-            levels = torch.arange(1, max(level, self.drafter.config.tree_depth) + 1, device=like.device)
+            levels = torch.arange(1, max(level, self.settings.tree_depth) + 1, device=like.device)
             self.level_angles = self.lean.angles(like, self.root_positions + levels)
         cos, sin = self.level_angles
         return cos[:, :, level - 1 : level], sin[:, :, level - 1 : level]
@@ -221,14 +226,21 @@ class CompiledDrafterState(DrafterState):
     """A [`DrafterState`] whose levels are compiled, in buffers that stay where they are.
 
     Args:
-        drafter (`DreamDrafter`): One that has a lean form.
+        drafter (`DreamModel`): One that has a lean form.
         batch_size (`int`): Rows.
-        settings (`Settings`): How to compile.
+        compilation (`CompileSettings`): How to compile.
+        settings (`DraftSettings`, *optional*): How to draft; by default as the drafter's config says.
     """
 
-    def __init__(self, drafter: DreamDrafter, batch_size: int, settings: Settings):
-        super().__init__(drafter, batch_size)
-        self.run_level = compiled_function(drafter, lean_level, settings)
+    def __init__(
+        self,
+        drafter: DreamModel,
+        batch_size: int,
+        compilation: CompileSettings,
+        settings: DraftSettings | None = None,
+    ):
+        super().__init__(drafter, batch_size, settings)
+        self.run_level = compiled_function(drafter, lean_level, compilation)
         self.counts_seen: set[int] = set()  # how many beams levels have had so far
 
     def reserve(self, num_new: int) -> int:
@@ -236,14 +248,14 @@ class CompiledDrafterState(DrafterState):
             layer.reserve(num_new)
         return super().reserve(num_new)
 
-    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> SlotLevel:
         level = self._compiled_level(head, beams, depth, top_k)
         self.extend(beams.tokens.shape[1])
         if beams.features.device.type == "cpu":
             return level
         return tree_map(torch.clone, level)  # a captured graph writes its next results over these
 
-    def _compiled_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> Level:
+    def _compiled_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> SlotLevel:
         angles = self.angles_of(depth, beams.features)
         beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))  # one layout, one graph
         num_beams = beams.tokens.shape[1]
@@ -269,8 +281,58 @@ class CompiledDrafterState(DrafterState):
         return layers[0].get_mask_sizes(num_new)[0] if layers else super()._num_slots(slots, num_new)
 
 
-def make_drafter_state(drafter: DreamDrafter, batch_size: int, settings: Settings | None) -> DrafterState:
-    """A state whose levels are compiled as `settings` say, if there are any and the drafter has a lean form."""
-    if settings is None or lean_drafter(drafter) is None:
-        return DrafterState(drafter, batch_size)
-    return CompiledDrafterState(drafter, batch_size, settings)
+def make_drafter_state(
+    drafter: DreamModel, batch_size: int, compilation: CompileSettings | None, settings: DraftSettings
+) -> DrafterState:
+    """A state whose levels are compiled, if `compilation` says how and the drafter has a lean form."""
+    if compilation is None or lean_drafter(drafter) is None:
+        return DrafterState(drafter, batch_size, settings)
+    return CompiledDrafterState(drafter, batch_size, compilation, settings)
+
+
+@dataclass(frozen=True)
+class DreamLevels:
+    """The levels of a tree below the last token that a drafter has read; what `grow_tree` grows from.
+
+    Args:
+        state (`DrafterState`): A state that has read all verified text; its tentative slots are empty between two trees.
+        head (`TargetHead`): The target's embedding and head.
+    """
+
+    state: DrafterState
+    head: TargetHead
+
+    def first_level(self, num_levels: int, top_k: int) -> SlotLevel:
+        """The likeliest tokens below the last one of each row."""
+        state = self.state
+        assert state.root_features is not None  # something has been read
+        num_columns = state.reserve(num_levels * top_k)
+        return first_level(self.head, state.root_features, state.tokens.tensor(state.drafter.device), num_columns, top_k)
+
+    def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
+        """Run the best nodes of a level at `places`, tentatively, and find `top_k` children of each."""
+        return self.state.next_level(self.head, level.beams(places), depth, top_k)
+
+    def forget_levels(self) -> None:
+        """Empty the tentative slots."""
+        self.state.forget_beams()
+
+
+def lean_level(
+    lean: LeanDrafter,
+    cache: Cache,
+    head: TargetHead,
+    beams: Beams,
+    angles: Angles,
+    top_k: int,
+) -> SlotLevel:
+    """A whole level as one function of tensors, to be compiled: the beams go in, their children come out."""
+    embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
+    return next_level(head, beams, lean(embeds, beams.features, beams.sees, angles, cache), top_k)
+
+
+def let_beams_vary(beams: Beams) -> None:
+    """Let code compiled for these beams serve any other number of them (but one, which is another graph) and of columns."""
+    for part in beams[:-1]:
+        torch._dynamo.maybe_mark_dynamic(part, 1)
+    torch._dynamo.maybe_mark_dynamic(beams.sees, 2)

@@ -1,0 +1,172 @@
+"""The seam between the loop and what drafts.
+
+Verification asks nothing of a drafter: any legal [`DraftTree`] is lossless. So the loop knows no more of one than what stands
+here, and a drafter knows nothing of the loop. B rows, T tokens, N nodes, H width of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..runtime.compilation import Settings as CompileSettings
+from ..targets.target import Target
+from .settings import DraftSettings
+from .tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a drafter wants to see of the target's forwards; what it does not name is not computed.
+
+    Args:
+        layers (`tuple[int, ...]`): Layers whose features it reads, side by side in this order: -1 for those after the final
+            norm, i for what decoder layer i puts out. None at all by default.
+        embeds (`bool`): The embeddings of the prompt as they entered the decoder, images merged.
+        attention (`bool`): What each token of a prompt with pictures receives in the last layer's attention.
+        num_likeliest (`int`): How many of the target's likeliest tokens it wants after every verified node.
+    """
+
+    layers: tuple[int, ...] = ()
+    embeds: bool = False
+    attention: bool = False
+    num_likeliest: int = 0
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What the target has just run over, and what a session starts with.
+
+    Args:
+        target (`Target`): Lends its embedding and head.
+        token_ids (`torch.LongTensor` of shape `(B, T)`): The tokens of this prefill. They may continue a text.
+        real (`torch.BoolTensor` of shape `(B, P + T)`): False at padding, in the P slots before these tokens as well.
+        is_visual (`torch.BoolTensor` of shape `(B, T)`): True at image and video tokens.
+        first_tokens (`torch.LongTensor` of shape `(B, 1)`): What the target says next.
+        end_ids (`frozenset[int]`): Tokens that end a text; below them nothing need be drafted.
+        embeds (`torch.Tensor` of shape `(B, T, H)`, *optional*): As `Needs` says.
+        features (`torch.Tensor` of shape `(B, T, layers * H)`, *optional*): As `Needs` says.
+        attention (`torch.Tensor` of shape `(B, T)`, *optional*): As `Needs` says.
+        longest_text (`int`, *optional*): Slots that a text never exceeds, drafted tokens not counted.
+        compilation (`CompileSettings`, *optional*): How forwards are to be compiled, where they can be.
+        earlier (`DraftSession`, *optional*): The session that an earlier turn of this very text was left in. It has read all
+            tokens before these and the first of these.
+    """
+
+    target: Target
+    token_ids: torch.Tensor
+    real: torch.Tensor
+    is_visual: torch.Tensor
+    first_tokens: torch.Tensor
+    end_ids: frozenset[int] = frozenset()
+    embeds: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    longest_text: int | None = None
+    compilation: CompileSettings | None = None
+    earlier: DraftSession | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a step has gained: the first `counts[b]` entries of row b, the drafted tokens that were kept and one more.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, T)`): The tokens, as the target chose them.
+        counts (`Sequence[int]`): How many each row gained; 0 for one that rests.
+        features (`torch.Tensor` of shape `(B, T, layers * H)`, *optional*): The features each of them was chosen from.
+        tree (`DraftTree`, *optional*): All nodes that were verified, where `likeliest` is wanted.
+        likeliest (`torch.LongTensor` of shape `(B, N, num_likeliest)`, *optional*): The target's likeliest tokens after every
+            node, best first.
+    """
+
+    tokens: torch.Tensor
+    counts: Sequence[int]
+    features: torch.Tensor | None = None
+    tree: DraftTree | None = None
+    likeliest: torch.Tensor | None = None
+
+
+class DraftSession:
+    """A drafter at work in one `generate()`."""
+
+    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+        """A tree below the last token of each row, (B, 1), of at most `max_depth` levels; 0 for the root alone.
+
+        All that has been verified was read before. Any device will do.
+        """
+        raise NotImplementedError
+
+    def read(self, verified: Verified) -> None:
+        """Take in what a step has gained, or take note of it for later: several steps may pass between two drafts."""
+        raise NotImplementedError
+
+    def shorten(self, row: int, count: int) -> None:
+        """Forget the last `count` tokens of a row: its text was cut."""
+        raise NotImplementedError
+
+    def suspend(self) -> DraftSession | None:
+        """What a next turn of this text can go on from, or None if that has to start anew."""
+        return None
+
+
+class Drafter:
+    """What `generate(..., assistant_model=drafter)` takes."""
+
+    @property
+    def settings(self) -> DraftSettings:
+        """How it drafts where a call says nothing else."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> Needs:
+        """What it wants to see of the target."""
+        return Needs()
+
+    def check(self, target: Any, settings: DraftSettings) -> None:
+        """Refuse a target model or settings that it cannot draft for, with a `ValueError` that says why."""
+
+    def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
+        """Begin a `generate()` whose prompt the target has just read."""
+        raise NotImplementedError
+
+    def with_settings(self, **changes: Any) -> Drafter:
+        """The same drafter with other settings, for a call or a thread of its own; this one is not changed.
+
+        Args:
+            **changes: Fields of [`DraftSettings`].
+
+        Raises:
+            ValueError: A name that is no setting, or a value that has no meaning.
+        """
+        return DrafterWithSettings(self, self.settings.changed(**changes))
+
+
+class DrafterWithSettings(Drafter):
+    """A drafter and settings of one's own for it.
+
+    Args:
+        drafter (`Drafter`): The drafter; shared, not copied.
+        settings (`DraftSettings`): How to draft.
+    """
+
+    def __init__(self, drafter: Drafter, settings: DraftSettings):
+        self.drafter = drafter.drafter if isinstance(drafter, DrafterWithSettings) else drafter
+        self._settings = settings
+
+    @property
+    def settings(self) -> DraftSettings:
+        return self._settings
+
+    @property
+    def needs(self) -> Needs:
+        return self.drafter.needs
+
+    def check(self, target: Any, settings: DraftSettings) -> None:
+        self.drafter.check(target, settings)
+
+    def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
+        return self.drafter.start(prefill, settings)

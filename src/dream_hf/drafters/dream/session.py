@@ -1,0 +1,100 @@
+"""A drafter at work in one `generate()`: what it has read, what it has yet to read, and the trees it grows."""
+
+from __future__ import annotations
+
+import torch
+
+from ...decoding.drafter import DraftSession, Prefill, Verified
+from ...decoding.settings import DraftSettings
+from ...decoding.tree import DraftTree
+from ..growth import grow_tree
+from ..levels import TargetHead
+from ..pending import PendingTokens
+from .compression import compress_text
+from .modeling import DreamModel
+from .state import DreamLevels, DrafterState, make_drafter_state
+
+
+class DreamSession(DraftSession):
+    """Reads lazily: what steps have gained piles up, and is read in one forward before the next tree.
+
+    Args:
+        drafter (`DreamModel`): The drafter; not changed.
+        prefill (`Prefill`): What the target has read, with embeddings and features.
+        settings (`DraftSettings`): How to draft.
+    """
+
+    def __init__(self, drafter: DreamModel, prefill: Prefill, settings: DraftSettings):
+        self.drafter, self.settings = drafter, settings
+        self.head = borrow_head(drafter, prefill)
+        self.state, self.pending = self._start_state(prefill)
+        self._read_prompt(prefill)
+
+    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+        self._catch_up()
+        roots = root_tokens.to(self.drafter.device)
+        return grow_tree(DreamLevels(self.state, self.head), roots, self.settings, self.head.ends, max_depth)
+
+    def read(self, verified: Verified) -> None:
+        assert verified.features is not None  # the drafter needs them
+        self.pending.add(verified.tokens, verified.features, verified.counts)
+
+    def shorten(self, row: int, count: int) -> None:
+        self.state.shorten(row, self.pending.shorten(row, count))
+
+    def suspend(self) -> DreamSession:
+        return self
+
+    def _start_state(self, prefill: Prefill) -> tuple[DrafterState, PendingTokens]:
+        """An empty state, or that of an earlier turn brought up to date."""
+        if isinstance(prefill.earlier, DreamSession) and prefill.earlier.drafter is self.drafter:
+            self.state, self.pending = prefill.earlier.state, prefill.earlier.pending
+            self._catch_up()
+            return self.state, self.pending
+        batch_size = prefill.first_tokens.shape[0]
+        return (
+            make_drafter_state(self.drafter, batch_size, prefill.compilation, self.settings),
+            PendingTokens(),
+        )
+
+    def _read_prompt(self, prefill: Prefill) -> None:
+        """Read the prompt, without the visual tokens the target hardly attends to, and the first token behind it."""
+        embeds, features = prefill.embeds, prefill.features
+        assert embeds is not None and features is not None  # the drafter needs them
+        # A drafter that goes on has read the first of these tokens, and not its feature.
+        num_read = int(bool(self.state.tokens.longest))
+        config = self.drafter.config
+        device = features.device
+        text = compress_text(
+            embeds[:, num_read:],
+            features[:, num_read:],
+            prefill.real.to(device),
+            prefill.is_visual[:, num_read:].to(device),
+            config.visual_keep_ratio,
+            config.visual_importance,
+            None if prefill.attention is None else prefill.attention[:, num_read:].to(device),
+        )
+        if prefill.longest_text is not None:
+            self.state.limit(prefill.longest_text + self.settings.tree_depth * self.settings.tree_top_k + 1)
+        end = prefill.real.sum(-1, keepdim=True).to(device)
+        self.state.read_prompt(text, self.head.embed(prefill.first_tokens), end, features[:, :num_read])
+
+    def _catch_up(self) -> None:
+        """Read what was gained since the last draft."""
+        if self.pending:
+            tokens, features, counts = self.pending.take()
+            self.state.read_on(self.head.embed(tokens), features, counts)
+
+
+def borrow_head(drafter: DreamModel, prefill: Prefill) -> TargetHead:
+    """The target's embedding and head, where they lie; they are asked for tokens and features from anywhere."""
+    assert prefill.embeds is not None and prefill.features is not None
+    target, embed_device = prefill.target, prefill.embeds.device
+    device, dtype = prefill.features.device, prefill.features.dtype
+    draft_logits = target.draft_logits(drafter, drafter.draft_token_ids)
+    return TargetHead(
+        embed=lambda token_ids: target.embed(token_ids.to(embed_device)),
+        logits=lambda features: draft_logits(features.to(device, dtype)),
+        token_ids=drafter.draft_token_ids,
+        ends=prefill.end_ids,
+    )

@@ -1,0 +1,1 @@
+"""Drafting without a model: what the text itself suggests."""
