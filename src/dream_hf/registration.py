@@ -92,6 +92,8 @@ def _checking(validate_generation_mode: Callable) -> Callable:
             from .decoding.requests import check_request
 
             check_request(self, drafter, generation_config)
+            # What follows asks an assistant for a config that drafters need not have.
+            generation_mode_kwargs = {**generation_mode_kwargs, "assistant_model": None}
         return validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return check
@@ -102,8 +104,9 @@ def _refusing(generate_batch: Callable) -> Callable:
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _drafter_in(kwargs.get("assistant_model")) is not None:
+            name = type(kwargs["assistant_model"]).__name__
             raise ValueError(
-                "`assistant_model` is a `DreamDrafter`, and `generate_batch` (continuous batching) takes no assistant. Use "
+                f"`assistant_model` is a `{name}`, and `generate_batch` (continuous batching) takes no assistant. Use "
                 "`generate(assistant_model=drafter)`, which takes batches, or leave `assistant_model` out."
             )
         return generate_batch(self, *args, **kwargs)
@@ -120,11 +123,11 @@ _HOOKS: dict[str, Callable[[Callable], Callable]] = {
 
 def _drafter_in(model: Any) -> Any:
     """The drafter a user passed, be it wrapped by PEFT, or None for another assistant."""
-    modeling = sys.modules.get(f"{__package__}.drafters.dream.drafter")
-    if modeling is None:
+    protocol = sys.modules.get(f"{__package__}.decoding.drafter")  # which every drafter's module has imported
+    if protocol is None:
         return None
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return model if isinstance(model, modeling.DreamDrafter) else None
+    return model if isinstance(model, protocol.Drafter) else None
 
 
 def _register_config(module: ModuleType) -> None:

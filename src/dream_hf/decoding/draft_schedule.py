@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+
 WINDOW = 4  # drafted steps that are judged together
 PROBE = 2  # drafted steps after a pause that decide about the next one
 FIRST_PAUSE, LONGEST_PAUSE = 8, 64  # plain steps

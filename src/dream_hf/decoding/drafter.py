@@ -104,10 +104,6 @@ class DraftSession:
         """Take in what a step has gained, or take note of it for later: several steps may pass between two drafts."""
         raise NotImplementedError
 
-    def shorten(self, row: int, count: int) -> None:
-        """Forget the last `count` tokens of a row: its text was cut."""
-        raise NotImplementedError
-
     def suspend(self) -> DraftSession | None:
         """What a next turn of this text can go on from, or None if that has to start anew."""
         return None
@@ -115,6 +111,11 @@ class DraftSession:
 
 class Drafter:
     """What `generate(..., assistant_model=drafter)` takes."""
+
+    @property
+    def plain(self) -> Drafter:
+        """The drafter itself, without settings put around it."""
+        return self
 
     @property
     def settings(self) -> DraftSettings:
@@ -154,8 +155,11 @@ class DrafterWithSettings(Drafter):
     """
 
     def __init__(self, drafter: Drafter, settings: DraftSettings):
-        self.drafter = drafter.drafter if isinstance(drafter, DrafterWithSettings) else drafter
-        self._settings = settings
+        self._drafter, self._settings = drafter.plain, settings
+
+    @property
+    def plain(self) -> Drafter:
+        return self._drafter
 
     @property
     def settings(self) -> DraftSettings:
@@ -163,10 +167,10 @@ class DrafterWithSettings(Drafter):
 
     @property
     def needs(self) -> Needs:
-        return self.drafter.needs
+        return self._drafter.needs
 
     def check(self, target: Any, settings: DraftSettings) -> None:
-        self.drafter.check(target, settings)
+        self._drafter.check(target, settings)
 
     def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
-        return self.drafter.start(prefill, settings)
+        return self._drafter.start(prefill, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache
@@ -13,61 +12,49 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..compat import CACHE
-from ..drafters.dream.configuration import describe_target
-from ..drafters.dream.drafter import DreamDrafter
-from ..drafters.vocabulary import check_draft_vocabulary
-from ..runtime.compilation import Settings, chosen_settings, missing_compiler, uncompilable
+from ..runtime.compilation import Settings as CompileSettings
+from ..runtime.compilation import chosen_settings, missing_compiler, uncompilable
 from ..runtime.kv_cache import unsupported_layer
-from ..targets.suitability import rereads, unsuitable
+from ..targets.suitability import not_in_graphs, rereads, unsuitable
 from ..targets.target import Target, unwrap
-from ..targets.tree_masks import check_exchangeable, takes_tree_masks
+from ..targets.tree_masks import check_exchangeable
+from .drafter import Drafter, DrafterWithSettings
+from .settings import DraftSettings
 
 logger = logging.get_logger(__name__)
 
-# Families that build their masks from a 2D one only, and cannot take those prepared for a cache of fixed size where the
-# text model has several kinds of layers (PaliGemma 2).
-MASK_BOUND = ("paligemma",)
 
-_checked_weights: WeakKeyDictionary[DreamDrafter, tuple[int, ...]] = WeakKeyDictionary()
-
-
-def check_request(model: PreTrainedModel, drafter: Any, generation_config: GenerationConfig) -> None:
+def check_request(model: PreTrainedModel, drafter: Any, generation_config: GenerationConfig) -> Drafter:
     """Refuse a `generate()` call that speculative decoding with this drafter cannot serve.
 
+    Returns:
+        `Drafter`: The drafter, with the settings that hold for this call whatever becomes of its config meanwhile.
+
     Raises:
-        TypeError: `drafter` is not a [`DreamDrafter`].
+        TypeError: `drafter` is no [`Drafter`].
         ValueError: Any other reason; the message names the argument, its value and the remedy.
     """
-    if not isinstance(drafter, DreamDrafter):
+    drafter = drafter if drafter is None else unwrap(drafter)
+    if not isinstance(drafter, Drafter):
         raise TypeError(
-            f"`drafter` is a `{type(drafter).__name__}`; pass a `DreamDrafter`, for example "
+            f"`drafter` is a `{type(drafter).__name__}`; pass a drafter, for example "
             "`DreamDrafter.from_pretrained(...)`."
         )
-    check_target(model, drafter)
+    check_target(model)
     target = Target(model)
     check_exchangeable(target.decoder, target.text_config)
     _check_whole(model)
     _check_strategy(generation_config)
-    drafter.config.check_drafting()
-    check_draft_vocabulary(drafter.draft_token_ids, drafter.config.draft_vocab_size, drafter.config.vocab_size)
-    _check_weights(drafter)
-    _check_place(model, drafter)
+    settings = drafter.settings
+    drafter.check(unwrap(model), settings)
+    return DrafterWithSettings(drafter, settings)
 
 
-def check_target(model: PreTrainedModel, drafter: DreamDrafter) -> None:
-    """Refuse a target that trees cannot be verified on, or that the drafter was not made for."""
+def check_target(model: PreTrainedModel) -> None:
+    """Refuse a target that trees cannot be verified on."""
     reason = unsuitable(model)
     if reason is not None:
         raise ValueError(reason)
-    text_config = model.config.get_text_config(decoder=True)
-    for name in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(drafter.config, name), getattr(text_config, name)
-        if ours != theirs:
-            raise ValueError(
-                f"The drafter's `{name}` ({ours}) does not fit the target's ({theirs}). Load the drafter that was trained "
-                "for this target, or make one with `DreamDrafter.for_target(target)`."
-            )
-    _check_identity(drafter, describe_target(model.config))
 
 
 def check_length(model: PreTrainedModel, prompt_length: int, max_length: int | None) -> None:
@@ -99,37 +86,19 @@ def check_cache(cache: Any) -> None:
 
 
 def compile_settings(
-    target: Target, drafter: DreamDrafter, generation_config: GenerationConfig, synced_gpus: bool
-) -> Settings | None:
+    target: Target, settings: DraftSettings, generation_config: GenerationConfig, synced_gpus: bool
+) -> CompileSettings | None:
     """How the target's forwards are to be compiled; None where they are not, with a warning if they were meant to be."""
-    config = generation_config.compile_config
-    settings = chosen_settings(drafter.config.compile, config)  # type: ignore[arg-type]
-    if settings is None or generation_config.disable_compile:
+    compilation = chosen_settings(settings.compile, generation_config.compile_config)
+    if compilation is None or generation_config.disable_compile:
         return None
-    reason = missing_compiler(settings, target.model.device) or uncompilable(target.model)
-    if target.rescaled_attentions:
-        reason = f"`{type(target.model).__name__}` scales queries by cache slot, which needs hooks in a tree"
-    elif target.length_dependent_rotaries:
-        reason = (
-            f"`{type(target.model).__name__}` has rotary angles that depend on the text's length, which needs hooks"
-        )
-    elif target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
-        reason = (
-            f"`{type(target.model).__name__}` cannot take masks that are made beforehand for several kinds of layers"
-        )
-    elif target.text_config._attn_implementation == "flex_attention":
-        reason = '`attn_implementation="flex_attention"` compiles by itself'
-    elif not takes_tree_masks(target.text_config._attn_implementation):
-        reason = (
-            f"`attn_implementation={target.text_config._attn_implementation!r}` takes no tree masks, and what stands in for "
-            'it is not compiled; load the target with `attn_implementation="sdpa"`'
-        )
-    elif generation_config.output_attentions:
+    reason = missing_compiler(compilation, target.model.device) or uncompilable(target.model) or not_in_graphs(target)
+    if reason is None and generation_config.output_attentions:
         reason = "`output_attentions=True` wants attention to the filled part of the cache"
-    elif synced_gpus:
+    if reason is None and synced_gpus:
         reason = "`synced_gpus=True` needs forwards that keep their hooks"
     if reason is None:
-        return settings
+        return compilation
     logger.warning_once(f"Decoding runs uncompiled: {reason}.")
     return None
 
@@ -179,47 +148,3 @@ def _check_strategy(generation_config: GenerationConfig) -> None:
                 f"`{name}={getattr(generation_config, name)}` cannot be combined with a drafter; set it to 1"
                 + (" and repeat the prompt in the batch instead." if name == "num_return_sequences" else ".")
             )
-
-
-def _check_identity(drafter: DreamDrafter, actual: dict[str, Any]) -> None:
-    expected = drafter.config.target or {}
-    for name in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
-        if expected.get(name) is not None and expected[name] != actual[name]:
-            raise ValueError(
-                f"The drafter was trained for another target: its `config.target['{name}']` is {expected[name]!r}, this "
-                f"target's is {actual[name]!r}. Load the drafter made for this target, or train one."
-            )
-    if expected.get("name") and actual["name"] and expected["name"] != actual["name"]:
-        logger.warning_once(
-            f"The drafter was trained for {expected['name']!r} and drafts for {actual['name']!r}. The output is exact all "
-            "the same; fewer drafted tokens may be accepted."
-        )
-
-
-def _check_place(model: PreTrainedModel, drafter: DreamDrafter) -> None:
-    """Warn where the drafter has another dtype than the target, or lies on a device that the target has no part on."""
-    devices = {str(model.device), *map(str, getattr(model, "hf_device_map", {}).values())}
-    place = str(drafter.device)
-    if drafter.dtype == model.dtype and (place in devices or place.removeprefix("cuda:") in devices):
-        return
-    logger.warning_once(
-        f"The drafter is on {place} in {drafter.dtype} and the target on {model.device} in {model.dtype}: the output is exact "
-        "all the same, and drafting slower than it could be. Load the drafter with `DreamDrafter.from_pretrained(..., "
-        "dtype=target.dtype, device_map=target.device)`, or write `drafter.to(target.device, target.dtype)`."
-    )
-
-
-def _check_weights(drafter: DreamDrafter) -> None:
-    """Refuse NaN and infinite weights, looking again only after a weight has changed."""
-    versions = tuple(0 if weight.is_inference() else weight._version for weight in drafter.parameters())
-    if _checked_weights.get(drafter) == versions:
-        return
-    sums = [weight.detach().float().sum().cpu() for weight in drafter.parameters()]
-    if sums and not torch.stack(sums).isfinite().all():
-        bad = [name for name, weight in drafter.named_parameters() if not weight.detach().isfinite().all()]
-        if bad:
-            raise ValueError(
-                f"The drafter has weights that are NaN or infinite (first: `{bad[0]}`, {len(bad)} in all). Its file is "
-                "damaged or its training diverged; load another checkpoint."
-            )
-    _checked_weights[drafter] = versions

@@ -17,7 +17,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from .acceptance import accept_greedy, sample
 from .outputs import Recorder
-from .sequences import Ends, Texts
+from .sequences import Sequences
+from .stopping import Stopping
 from .tree import DraftTree
 
 # These look at scores only, each row by itself; all nodes of a tree can go through them at once.
@@ -84,7 +85,7 @@ def is_pure(judge: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Accepted:
     """What each row keeps of a tree, and was appended to its text.
 
     Args:
@@ -99,7 +100,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Chooser:
+class Sampler:
     """How the target picks tokens.
 
     Args:
@@ -120,17 +121,19 @@ class Chooser:
         """Tokens (...) from processed scores (..., V)."""
         return sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
 
-    def verify(self, tree: DraftTree, logits: torch.Tensor, texts: Texts, ends: Ends, recorder: Recorder) -> Verdict:
-        """Choose along the tree, from logits (B, N, V) in float32, and append to `texts` what each row gains up to its end."""
+    def verify(
+        self, tree: DraftTree, logits: torch.Tensor, sequences: Sequences, stopping: Stopping, recorder: Recorder
+    ) -> Accepted:
+        """Choose along the tree, from logits (B, N, V) in float32; append to `sequences` what each row gains up to its end."""
         if not all(type(processor) in PREFIX_FREE for processor in self.processors):
-            return _Walk(self, tree, logits, texts, ends, recorder).run()
+            return _Walk(self, tree, logits, sequences, stopping, recorder).run()
         scores = logits
         if self.processors:
             scores = self.process(tree.tokens.view(-1, 1), logits.flatten(0, 1)).view_as(logits)
         choices = self.pick(scores)
-        if ends.others or self.in_step:
-            return _ChosenWalk(self, tree, logits, texts, ends, recorder, scores, choices).run()
-        return _accept(tree, choices, scores, logits, texts, ends, recorder)
+        if stopping.others or self.in_step:
+            return _ChosenWalk(self, tree, logits, sequences, stopping, recorder, scores, choices).run()
+        return _accept(tree, choices, scores, logits, sequences, stopping, recorder)
 
 
 def _accept(
@@ -138,25 +141,25 @@ def _accept(
     choices: torch.Tensor,  # (B, N)
     scores: torch.Tensor,  # (B, N, V)
     logits: torch.Tensor,  # (B, N, V)
-    texts: Texts,
-    ends: Ends,
+    sequences: Sequences,
+    stopping: Stopping,
     recorder: Recorder,
-) -> Verdict:
+) -> Accepted:
     """Follow choices that are known for all nodes and that nobody has to be asked about."""
     acceptance = accept_greedy(tree, choices)
-    starts = list(texts.lengths)
+    starts = list(sequences.lengths)
     counts = [
-        0 if ends.is_resting(row) else ends.cut(row, starts[row], tokens)
+        0 if stopping.is_resting(row) else stopping.cut(row, starts[row], tokens)
         for row, tokens in enumerate(acceptance.tolist())
     ]
-    texts.extend(acceptance.tokens, counts)
+    sequences.extend(acceptance.tokens, counts)
     path, tokens = acceptance.path[:, : max(counts)], acceptance.tokens[:, : max(counts)]
     if recorder.wants_choices:
         for row, count in enumerate(counts):
             for step, node in enumerate(path[row, :count].tolist()):
-                index = starts[row] + step - texts.prompt_length
+                index = starts[row] + step - sequences.prompt_length
                 recorder.add_choice(index, [row], scores[row, node][None], logits[row, node][None])
-    return Verdict(path, tokens, counts)
+    return Accepted(path, tokens, counts)
 
 
 @dataclass
@@ -167,68 +170,68 @@ class _Walk:
     these are shown the whole batch, in which rows that have ended are padded, as in plain decoding.
     """
 
-    chooser: Chooser
+    sampler: Sampler
     tree: DraftTree
     logits: torch.Tensor  # (B, N, V)
-    texts: Texts
-    ends: Ends
+    sequences: Sequences
+    stopping: Stopping
     recorder: Recorder
 
     def __post_init__(self) -> None:
-        num_rows = len(self.texts.lengths)
+        num_rows = len(self.sequences.lengths)
         self.all_rows = range(num_rows)
-        self.is_bound = any(type(processor) in BATCH_BOUND for processor in self.chooser.processors)
-        self.nodes = {row: 0 for row in self.all_rows if not self.ends.is_resting(row)}  # where walking rows stand
+        self.is_bound = any(type(processor) in BATCH_BOUND for processor in self.sampler.processors)
+        self.nodes = {row: 0 for row in self.all_rows if not self.stopping.is_resting(row)}  # where walking rows stand
         self.paths: list[list[int]] = [[] for _ in self.all_rows]
         self.gained: list[list[int]] = [[] for _ in self.all_rows]
 
-    def run(self) -> Verdict:
+    def run(self) -> Accepted:
         """Walk until every row has ended or left its tree; in step, until one has left its tree."""
-        children, lengths = self.tree.children(), self.texts.lengths
+        children, lengths = self.tree.children(), self.sequences.lengths
         is_walking = bool(self.nodes)
         while is_walking:
             length = min(lengths[row] for row in self.nodes)
             rows = sorted(row for row in self.nodes if lengths[row] == length)
             tokens = self.choose(rows, length)
-            self.texts.append(rows, tokens)
+            self.sequences.append(rows, tokens)
             scores = self.recorder.scores if self.recorder.wants_scores else None
-            self.ends.look(self.texts, rows, tokens, self.all_rows if self.chooser.in_step else rows, scores)
+            self.stopping.look(self.sequences, rows, tokens, self.all_rows if self.sampler.in_step else rows, scores)
             num_left = 0
             for row, token in zip(rows, tokens, strict=True):
                 node = self.nodes.pop(row)
                 self.paths[row].append(node)
                 self.gained[row].append(token)
                 child = children[row].get((node, token))
-                if self.ends.is_resting(row):
+                if self.stopping.is_resting(row):
                     continue
                 if child is None:
                     num_left += 1
                 else:
                     self.nodes[row] = child
-            is_walking = bool(self.nodes) and not self.ends.is_done(self.texts)
-            if self.chooser.in_step and num_left:
+            is_walking = bool(self.nodes) and not self.stopping.is_done(self.sequences)
+            if self.sampler.in_step and num_left:
                 break
-        return self._verdict()
+        return self._accepted()
 
     def choose(self, rows: list[int], length: int) -> list[int]:
         """The token that comes next in each of `rows`, which have `length` tokens; the scores are recorded."""
-        shown: Sequence[int] = self.all_rows if self.chooser.in_step or self.is_bound else rows
+        shown: Sequence[int] = self.all_rows if self.sampler.in_step or self.is_bound else rows
         logits = self._at_nodes(self.logits, shown)
-        scores = self.chooser.process(self.prefixes(length, shown), logits.clone())
+        scores = self.sampler.process(self.prefixes(length, shown), logits.clone())
         walking = set(rows)
         asked = [place for place, row in enumerate(shown) if row in walking]
         if self.recorder.wants_choices:
-            self.recorder.add_choice(length - self.texts.prompt_length, rows, scores[asked], logits[asked])
+            self.recorder.add_choice(length - self.sequences.prompt_length, rows, scores[asked], logits[asked])
         if len(asked) < len(shown):  # the others may have nothing left to choose from
             is_asked = torch.tensor([row in walking for row in shown], device=scores.device)
             scores = torch.where(is_asked[:, None], scores, logits)
-        picked = self.chooser.pick(scores).tolist()
+        picked = self.sampler.pick(scores).tolist()
         return [picked[place] for place in asked]
 
     def prefixes(self, length: int, rows: Sequence[int]) -> torch.Tensor:
         """What precedes the next token of `rows`, (n, length); rows that are shorter and not asked about are filled."""
-        prefixes = self.texts.at(length, rows)
-        is_filled = self.is_bound and not self.chooser.in_step
+        prefixes = self.sequences.at(length, rows)
+        is_filled = self.is_bound and not self.sampler.in_step
         return prefixes.clamp(min=0) if is_filled else prefixes  # a padding token of -1 is no index
 
     def _at_nodes(self, values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -237,11 +240,11 @@ class _Walk:
         where = torch.tensor([list(rows), nodes], device=values.device)
         return values[where[0], where[1]]
 
-    def _verdict(self) -> Verdict:
+    def _accepted(self) -> Accepted:
         counts = [len(tokens) for tokens in self.gained]
         padded = [[row + [0] * (max(counts) - len(row)) for row in values] for values in (self.paths, self.gained)]
         path, tokens = torch.tensor(padded, device=self.tree.tokens.device)
-        return Verdict(path, tokens, counts)
+        return Accepted(path, tokens, counts)
 
 
 @dataclass
@@ -258,5 +261,5 @@ class _ChosenWalk(_Walk):
     def choose(self, rows: list[int], length: int) -> list[int]:
         if self.recorder.wants_choices:
             scores, logits = self._at_nodes(self.scores, rows), self._at_nodes(self.logits, rows)
-            self.recorder.add_choice(length - self.texts.prompt_length, rows, scores, logits)
+            self.recorder.add_choice(length - self.sequences.prompt_length, rows, scores, logits)
         return [self._tokens[row][self.nodes[row]] for row in rows]

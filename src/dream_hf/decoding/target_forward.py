@@ -1,37 +1,48 @@
-"""The target's forwards over draft trees: as they come, or compiled."""
+"""The target's forwards over draft trees, as they come or compiled: where the nodes stand, what they see, what is kept.
+
+B rows, N nodes of a tree, P nodes of an accepted path, H width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from ..drafters.dream.configuration import DreamConfig
-from ..runtime.compilation import Settings, compiled_function, let_nodes_vary, pad_tree, padded_count, run_model
+from ..compat import CACHE
+from ..runtime.compilation import Settings as CompileSettings
+from ..runtime.compilation import compiled_function, run_model
 from ..runtime.kv_cache import SlotLayer, Slots, slot_layers
+from ..runtime.phases import CACHE_WORK, TARGET, phase
 from ..runtime.static_kv_cache import StaticSlots, static_layers
-from ..targets.target import DecoderRecord, Target
+from ..targets.target import PER_TOKEN, TOKEN_TYPES, DecoderRecord, Target
+from ..targets.tree_masks import TreeScope, tree_scope
 from ..targets.tree_proof import TreeProof, are_tree_masks
+from .drafter import Drafter
+from .settings import DraftSettings
 from .tree import DraftTree
 
+BUCKET = 8  # drafted nodes of a verification are padded to a multiple of it where fewer nodes are cheaper
 
-class Forwards:
-    """The target's forwards, run as they are.
+
+class TargetForward:
+    """Runs the target over trees, as it is.
 
     Args:
         target (`Target`): The target.
         batch_size (`int`): Rows.
         record (`DecoderRecord`): Where the features of the forwards are recorded.
+        tree_size (`int`): Most drafted nodes of a tree.
     """
 
     layers: list[SlotLayer]
-    settings: Settings | None = None  # how they are compiled, if they are
+    compilation: CompileSettings | None = None  # how it is compiled, if it is
 
-    def __init__(self, target: Target, batch_size: int, record: DecoderRecord):
-        self.target, self.record = target, record
+    def __init__(self, target: Target, batch_size: int, record: DecoderRecord, tree_size: int):
+        self.target, self.record, self.tree_size = target, record, tree_size
         self.slots = Slots([0] * batch_size)
         self.proof = TreeProof(target.model, target.decoder, [m.q_proj for m in target.rescaled_attentions])
 
@@ -39,25 +50,56 @@ class Forwards:
         """The target's arguments from the prefill on."""
         return model_kwargs
 
+    def begin(self, cache: Cache, model_kwargs: dict[str, Any], max_new_tokens: int | None) -> None:
+        """Set aside, after the prefill, what changes with every tree; the rest of the arguments stays the same from here on.
+
+        Args:
+            cache (`Cache`): Holds the prompt.
+            model_kwargs (`dict`): Arguments of the target's forward.
+            max_new_tokens (`int`, *optional*): Tokens that may follow the prompt, if there is a limit.
+        """
+        kwargs = {**model_kwargs, CACHE: cache}
+        self.prompt_mask: torch.Tensor | None = kwargs.pop("attention_mask", None)
+        positions = kwargs.pop("position_ids", None)
+        self.root_positions = None if positions is None else positions[..., -1:] + 1
+        self.slots.place([int(cache.get_seq_length())] * len(self.slots.lengths))
+        self.prompt_slots = self.slots.longest
+        self.longest_text: int | None = None
+        if max_new_tokens is not None:  # never more slots than the longest text and a tree need
+            self.longest_text = self.prompt_slots + max_new_tokens
+            self.slots.limit = self.longest_text + self.tree_size + 1
+        for name in TOKEN_TYPES:
+            if kwargs.get(name) is not None:  # new tokens are text
+                kwargs[name] = torch.zeros_like(kwargs[name][:, :1])
+        self.kwargs = kwargs
+        num_positions = getattr(self.target.text_config, "max_position_embeddings", None)
+        self.last_position: int | None = None  # the last one the target was made for, counted from the first root's
+        if self.root_positions is not None and num_positions is not None:
+            self.last_position = num_positions - 1 - int(self.root_positions.max())
+
     @contextmanager
     def using(self, cache: Cache) -> Iterator[None]:
         """Let a prefilled cache take trees while in the block; after it, it is as plain decoding would have left it."""
         with slot_layers(cache, self.slots) as self.layers:
             yield
 
-    def pad(self, tree: DraftTree) -> DraftTree:
-        """The tree that the forward runs over: `tree`, with nodes behind it that nobody looks at."""
-        return tree
+    def positions_left(self) -> int | None:
+        """How deep a tree may grow below the longest row while the target knows the positions; past them it is its affair."""
+        if self.last_position is None:
+            return None
+        left = self.last_position - (self.slots.longest - self.prompt_slots)
+        return left if left >= 0 else None
 
-    def __call__(self, inputs: dict[str, Any], num_nodes: int) -> Any:
-        """The target's outputs for the prepared `inputs` of `num_nodes` nodes per row."""
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = num_nodes
-        with self.proof.watching(num_nodes):
-            return self.target.model(**inputs, return_dict=True)
+    def __call__(self, tree: DraftTree) -> Any:
+        """The target's outputs for all nodes at once, each seeing the verified text and its own ancestors."""
+        with phase(TARGET):
+            tree = self._pad(tree)
+            lengths = self.slots.tensor(tree.tokens.device)
+            with tree_scope(TreeScope(lengths, tree.depths, tree.ancestors)):
+                return self._run(self._inputs(tree, lengths), tree.num_nodes)
 
-    def features(self, outputs: Any) -> torch.Tensor:
-        """Features (B, N, H) of the nodes in the last forward, whose outputs these are."""
+    def features(self, outputs: Any) -> torch.Tensor | None:
+        """Features (B, N, layers * H) of the nodes in the last forward, whose outputs these are; None where none are wanted."""
         return self.record.take()[1]
 
     def keep(self, path: torch.Tensor) -> None:
@@ -65,60 +107,110 @@ class Forwards:
         is_in_place = path.device.type == "cpu" and bool((path[:, -1] == path.shape[1] - 1).all())  # elsewhere a sync
         if is_in_place:
             return
-        for layer in self.layers:
-            layer.keep(path)
+        with phase(CACHE_WORK):
+            for layer in self.layers:
+                layer.keep(path)
+
+    def _inputs(self, tree: DraftTree, lengths: torch.Tensor) -> dict[str, Any]:
+        """What the target's forward takes for the nodes of a tree behind `lengths` (B,) verified slots."""
+        kwargs = dict(self.kwargs)
+        if self.prompt_mask is not None:
+            num_new = self.slots.longest + tree.num_nodes - self.prompt_mask.shape[1]
+            kwargs["attention_mask"] = torch.nn.functional.pad(self.prompt_mask, (0, num_new), value=1)
+        if self.root_positions is not None:
+            ahead = (lengths - self.prompt_slots)[:, None] + tree.depths
+            if (
+                self.longest_text is not None
+            ):  # what lies behind the last token that is ever read need not have a place
+                ahead = ahead.clamp(max=self.longest_text - self.prompt_slots - 2)
+            kwargs["position_ids"] = self.root_positions + ahead
+        for name in TOKEN_TYPES:
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].expand(-1, tree.num_nodes)
+        inputs = self.target.model.prepare_inputs_for_generation(
+            tree.tokens, next_sequence_length=tree.num_nodes, is_first_iteration=False, **kwargs
+        )
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = self.target.own_positions(lengths[:, None] + tree.depths)
+        return inputs
+
+    def _pad(self, tree: DraftTree) -> DraftTree:
+        """The tree that the forward runs over: `tree`, with nodes behind it that nobody looks at."""
+        return tree
+
+    def _run(self, inputs: dict[str, Any], num_nodes: int) -> Any:
+        """The target's outputs for the prepared `inputs` of `num_nodes` nodes per row."""
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = num_nodes
+        with self.proof.watching(num_nodes):
+            return self.target.model(**inputs, return_dict=True)
 
 
-class CompiledForwards(Forwards):
-    """The target's forwards, compiled: over padded trees, in buffers that stay where they are.
+class CompiledTargetForward(TargetForward):
+    """Runs the target over padded trees, compiled, in buffers that stay where they are.
 
     Args:
         target (`Target`): The target.
         batch_size (`int`): Rows.
         record (`DecoderRecord`): Where the features of the prefill are recorded.
-        settings (`Settings`): How to compile.
-        config (`DreamConfig`): The largest tree: its levels, and drafted nodes.
+        settings (`DraftSettings`): The largest tree: its levels, and drafted nodes.
+        compilation (`CompileSettings`): How to compile.
+        layers (`tuple[int, ...]`): Whose features are wanted, as [`Needs`] names them.
     """
 
     slots: StaticSlots
-    settings: Settings
+    compilation: CompileSettings
 
     def __init__(
-        self, target: Target, batch_size: int, record: DecoderRecord, settings: Settings, config: DreamConfig
+        self,
+        target: Target,
+        batch_size: int,
+        record: DecoderRecord,
+        settings: DraftSettings,
+        compilation: CompileSettings,
+        layers: tuple[int, ...],
     ):
-        super().__init__(target, batch_size, record)
-        self.settings = settings
-        self.tree_size = config.tree_size
-        self.slots = StaticSlots([0] * batch_size, path_size=config.tree_depth + 1)
+        super().__init__(target, batch_size, record, settings.tree_size)
+        self.compilation = compilation
+        # Of transformers' hidden states the first are the embeddings, and the last those after the final norm.
+        self.hidden_states = [layer if layer == -1 else layer + 1 for layer in layers]
+        self.slots = StaticSlots([0] * batch_size, path_size=settings.tree_depth + 1)
 
     def arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        # The last hidden states are the features. The prefill returns them, too, and so installs transformers' hooks.
-        return {**model_kwargs, "output_hidden_states": model_kwargs.get("output_hidden_states") or -1}
+        # The prefill returns the features, too, and so installs transformers' hooks.
+        wanted: Any = self.hidden_states[0] if len(self.hidden_states) == 1 else self.hidden_states
+        return {**model_kwargs, "output_hidden_states": model_kwargs.get("output_hidden_states") or wanted or False}
 
     @contextmanager
     def using(self, cache: Cache) -> Iterator[None]:
-        self.run = compiled_function(
-            self.target.model, run_model, self.settings
-        )  # now that the prefill's hooks are gone
+        # The prefill's hooks are gone by now.
+        self.run = compiled_function(self.target.model, run_model, self.compilation)
         with static_layers(cache, self.slots, self.tree_size + 1, self.is_dynamic) as self.static_layers:
             yield
 
     @property
     def is_dynamic(self) -> bool:
         """Whether one graph serves all numbers of nodes and slots: on a CPU, where that costs next to nothing."""
-        return self.target.model.device.type == "cpu" and self.settings.dynamic is not False
+        return self.target.model.device.type == "cpu" and self.compilation.dynamic is not False
 
-    def pad(self, tree: DraftTree) -> DraftTree:
+    def features(self, outputs: Any) -> torch.Tensor | None:
+        parts = [outputs.hidden_states[index] for index in self.hidden_states]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
+
+    def keep(self, path: torch.Tensor) -> None:
+        self.slots.keep(path)
+
+    def _pad(self, tree: DraftTree) -> DraftTree:
         num_nodes = padded_count(tree.num_nodes, self.tree_size, tree.tokens.device)
         for layer in self.static_layers:
             layer.reserve(num_nodes)
-        return pad_tree(tree, num_nodes)
+        return tree.padded(num_nodes)
 
-    def __call__(self, inputs: dict[str, Any], num_nodes: int) -> Any:
+    def _run(self, inputs: dict[str, Any], num_nodes: int) -> Any:
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 0  # all: a number of nodes would be compiled in
         if self.is_dynamic:
-            let_nodes_vary(inputs)
+            _let_nodes_vary(inputs)
         run = self.run if num_nodes <= self.tree_size + 1 else self.run.function  # an odd shape is not worth a graph
         if self.proof.is_missing(num_nodes) and not self._is_proven_by_masks(inputs):
             run = self.run.function  # compiled code cannot be watched
@@ -135,17 +227,35 @@ class CompiledForwards(Forwards):
         is_known = self.target.text_config._attn_implementation in self.run.watched
         return is_known and are_tree_masks(inputs.get("attention_mask"))
 
-    def features(self, outputs: Any) -> torch.Tensor:
-        return outputs.hidden_states[-1]
 
-    def keep(self, path: torch.Tensor) -> None:
-        self.slots.keep(path)
+def make_target_forward(
+    target: Target, drafter: Drafter, compilation: CompileSettings | None, batch_size: int, record: DecoderRecord
+) -> TargetForward:
+    """The target's forward over trees of a drafter, compiled as `compilation` says, if anything."""
+    settings = drafter.settings
+    if compilation is None:
+        return TargetForward(target, batch_size, record, settings.tree_size)
+    return CompiledTargetForward(target, batch_size, record, settings, compilation, drafter.needs.layers)
 
 
-def make_forwards(
-    target: Target, config: DreamConfig, settings: Settings | None, batch_size: int, record: DecoderRecord
-) -> Forwards:
-    """Forwards that are compiled as `settings` say, if there are any."""
-    if settings is None:
-        return Forwards(target, batch_size, record)
-    return CompiledForwards(target, batch_size, record, settings, config)
+def padded_count(num_nodes: int, tree_size: int, device: torch.device) -> int:
+    """How many nodes a compiled forward runs over: one of a few numbers. Fewer nodes are cheaper on a CPU only."""
+    if device.type != "cpu" and num_nodes <= tree_size + 1:
+        return tree_size + 1
+    # A root alone is padded, too: another graph is dearer than a few nodes.
+    padded = -(-max(num_nodes - 1, 1) // BUCKET) * BUCKET + 1
+    return min(padded, tree_size + 1) if num_nodes <= tree_size + 1 else padded
+
+
+def _let_nodes_vary(inputs: dict[str, Any]) -> None:
+    """Let code compiled for these inputs of a model serve any other number of nodes and of slots."""
+    for name in PER_TOKEN:
+        if inputs.get(name) is not None:
+            torch._dynamo.maybe_mark_dynamic(inputs[name], inputs[name].ndim - 1)
+    for mask in _masks(inputs.get("attention_mask")):
+        torch._dynamo.maybe_mark_dynamic(mask, [2, 3])
+
+
+def _masks(mask: Any) -> Iterable[torch.Tensor]:
+    parts = mask.values() if isinstance(mask, dict) else [mask]
+    return (part for part in parts if isinstance(part, torch.Tensor) and part.ndim == 4)

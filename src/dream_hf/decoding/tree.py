@@ -94,7 +94,9 @@ class DraftTree:
             return torch.cat([values, values[:, :1].expand(-1, missing)], dim=1)
 
         ancestors = torch.nn.functional.pad(self.ancestors, (0, missing, 0, missing))
-        ancestors[:, self.num_nodes :, self.num_nodes :] = torch.eye(missing, dtype=torch.bool, device=ancestors.device)
+        ancestors[:, self.num_nodes :, self.num_nodes :] = torch.eye(
+            missing, dtype=torch.bool, device=ancestors.device
+        )
         return DraftTree(pad(self.tokens), pad(self.parents), pad(self.depths), ancestors, self.max_depth)
 
     def to(self, device: torch.device) -> DraftTree:

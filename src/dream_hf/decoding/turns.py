@@ -1,8 +1,8 @@
-"""Drafters that go on where the last turn of a conversation left them.
+"""Sessions that go on where the last turn of a conversation left them.
 
 A conversation continues by passing the target's cache to the next `generate()`. The target then runs over the new tokens
-only, and has no features of the others to offer; the drafter's own caches still hold what it read. They are kept here
-for as long as the target's cache lives.
+only, and has no features of the others to offer; a drafter's session still holds what it read. It is kept here for as long as
+the target's cache lives.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
-from ..drafters.dream.drafter import DreamDrafter
-from ..drafters.dream.state import DrafterState
-from .draft_schedule import Unread
+from .drafter import Drafter, DraftSession
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,14 @@ class Turn:
     """Where a turn left a drafter.
 
     Args:
-        state (`DrafterState`): What it has read.
-        unread (`Unread`): What it has yet to read of the turn's last steps; there may be no next turn.
+        drafter (`Drafter`): Whose session it is.
+        session (`DraftSession`): What it has read, or has taken note of.
         num_slots (`int`): Tokens in the target's cache, which the last token is not.
         last_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
     """
 
-    state: DrafterState
-    unread: Unread
+    drafter: Drafter
+    session: DraftSession
     num_slots: int
     last_tokens: torch.Tensor
 
@@ -38,17 +36,16 @@ class Turn:
 _turns: WeakKeyDictionary[Cache, Turn] = WeakKeyDictionary()
 
 
-def remember(cache: Cache, state: DrafterState, unread: Unread, last_tokens: torch.Tensor) -> None:
-    """Keep where a drafter is that knows, once it has read `unread`, all tokens in `cache` and the `last_tokens` (B, 1)."""
-    _turns[cache] = Turn(state, unread, int(cache.get_seq_length()), last_tokens)
+def remember(cache: Cache, drafter: Drafter, session: DraftSession, last_tokens: torch.Tensor) -> None:
+    """Keep the session of a drafter that knows all tokens in `cache` and the `last_tokens` (B, 1), if it can go on."""
+    suspended = session.suspend()
+    if suspended is not None:
+        _turns[cache] = Turn(drafter.plain, suspended, int(cache.get_seq_length()), last_tokens)
 
 
-def recall(cache: Cache, drafter: DreamDrafter, num_slots: int, last_tokens: torch.Tensor) -> Turn | None:
-    """The turn of `drafter` if it was remembered for just this text: `num_slots` tokens and the `last_tokens` (B, 1)."""
+def recall(cache: Cache, drafter: Drafter, num_slots: int, last_tokens: torch.Tensor) -> DraftSession | None:
+    """The session of `drafter` if it was remembered for just this text: `num_slots` tokens and the `last_tokens` (B, 1)."""
     turn = _turns.pop(cache, None)
-    if turn is None or turn.state.drafter is not drafter or turn.num_slots != num_slots:
+    if turn is None or turn.drafter is not drafter.plain or turn.num_slots != num_slots:
         return None
-    if not torch.equal(turn.last_tokens, last_tokens):
-        return None
-    turn.state.leave_inference_mode()
-    return turn
+    return turn.session if torch.equal(turn.last_tokens, last_tokens) else None

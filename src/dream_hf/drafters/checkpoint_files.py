@@ -56,9 +56,7 @@ class Checkpoint:
     shapes: Shapes
 
 
-def open_checkpoint(
-    source: str | os.PathLike, model_type: str, variant: str | None = None, **hub: Any
-) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike, model_type: str, variant: str | None = None, **hub: Any) -> Checkpoint:
     """Find a drafter's files and read their headers; no weight is read.
 
     Args:

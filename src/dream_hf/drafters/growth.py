@@ -7,7 +7,7 @@ same for all of them. B rows, k beams per level, N drafted nodes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -148,12 +148,6 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, settings: DraftSet
         torch.cat([torch.zeros_like(root_tokens), parents], dim=1),
         num_levels,
     )
-
-
-def _without(tree: DraftTree, barred: torch.Tensor) -> DraftTree:
-    """`tree` with its root's token, a harmless guess, in place of the tokens `barred` (n,)."""
-    is_barred = torch.isin(tree.tokens, barred.to(tree.tokens.device))
-    return replace(tree, tokens=torch.where(is_barred, tree.tokens[:, :1], tree.tokens))
 
 
 @lru_cache(maxsize=64)

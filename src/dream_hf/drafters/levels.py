@@ -17,14 +17,13 @@ class TargetHead:
     """The two ends of the target a drafter borrows: `embed` (ids (...) -> (..., H)) and `logits` ((..., H) -> (..., V)).
 
     With `token_ids` (R,), a reduced draft vocabulary on the drafter's device, `logits` are those of these tokens, (..., R).
-    Below the tokens `ends`, which end a text, nothing need be drafted; the tokens `barred` (n,) must not be.
+    Below the tokens `ends`, which end a text, nothing need be drafted.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
     logits: Callable[[torch.Tensor], torch.Tensor]
     token_ids: torch.Tensor | None = None
     ends: frozenset[int] = frozenset()
-    barred: torch.Tensor | None = None
 
 
 class Beams(NamedTuple):

@@ -40,15 +40,5 @@ class PendingTokens:
         self.tokens, self.features, self.counts = [], [], []
         return tokens, features, counts
 
-    def shorten(self, row: int, count: int) -> int:
-        """Take back the last `count` tokens of a row; returns how many of them are not here but have been read."""
-        for step in reversed(range(len(self.counts))):
-            counts = list(self.counts[step])
-            taken = min(count, counts[row])
-            counts[row] -= taken
-            self.counts[step] = counts
-            count -= taken
-        return count
-
     def __bool__(self) -> bool:
         return bool(self.tokens)

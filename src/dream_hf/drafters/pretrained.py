@@ -55,7 +55,9 @@ class StrictPreTrainedModel(PreTrainedModel):
             kwargs.update(revision=checkpoint.revision or "main", force_download=False)
             if not isinstance(config, PreTrainedConfig):
                 hub.update(revision=checkpoint.revision, force_download=False)
-                config = load_config(cls.config_class, config or source, **hub, **_pop_config_fields(cls.config_class, kwargs))
+                config = load_config(
+                    cls.config_class, config or source, **hub, **_pop_config_fields(cls.config_class, kwargs)
+                )
             # Checked once more, as overrides are set after the config has checked itself.
             config.check()
             check_shapes(source, checkpoint.shapes, cls.expected_shapes(config))

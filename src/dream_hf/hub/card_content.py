@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-
 RESULTS, RECIPE, PROGRESS = "results.json", "recipe.yaml", "trainer_state.json"
 
 

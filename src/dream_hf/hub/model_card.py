@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import os
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 

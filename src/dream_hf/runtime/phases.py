@@ -15,7 +15,7 @@ TARGET = "target forward"
 DRAFTER = "drafter forward"
 GROWTH = "tree growth"
 ACCEPTANCE = "acceptance"
-CACHE = "cache work"
+CACHE_WORK = "cache work"
 MASK = "mask building"
 
 Clock = Callable[[str], AbstractContextManager[None]]

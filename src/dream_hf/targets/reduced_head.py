@@ -51,8 +51,8 @@ def reduced_head(head: nn.Module, token_ids: Tensor, owner: nn.Module) -> Callab
     """A target's head for some of its tokens: hidden states (..., H) -> logits (..., R).
 
     The rows are copied once per call of this function, into memory that is kept as long as both the head and `owner`, the
-    drafter that wants them, are. A head that is no plain linear layer (quantised, adapted, offloaded, spread over devices, hooked) is run as a
-    whole and the logits are selected, which is as right and saves nothing.
+    drafter that wants them, are. A head that is no plain linear layer (quantised, adapted, offloaded, spread over devices,
+    hooked) is run as a whole and the logits are selected, which is as right and saves nothing.
     """
     plain = _plain_linear(head)
     if plain is None:

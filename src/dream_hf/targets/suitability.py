@@ -11,7 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..runtime.kv_cache import unsupported_layer
 from .rotary import is_length_dependent
-from .target import text_decoder, unwrap
+from .target import Target, text_decoder, unwrap
+from .tree_masks import takes_tree_masks
 
 # Families that place tokens by cache slot, on their own: gpt_neo cuts a window by slot; moshi's window is cut by its cache
 # and not by its mask; kosmos-2.5 and GLM-Image drop the positions they are given and count anew.
@@ -20,6 +21,9 @@ SLOT_BOUND = ("gpt_neo", "moshi", "moshi_depth", "kosmos_2_5_text_model", "glm_i
 WITHOUT_PLACEHOLDERS = ("git",)
 # Families that read their whole text anew when it becomes longer than `original_max_position_embeddings`.
 REREADING = ("phi3", "phimoe", "phi4_multimodal")
+# Families that build their masks from a 2D one only, and cannot take those prepared for a cache of fixed size where the
+# text model has several kinds of layers (PaliGemma 2).
+MASK_BOUND = ("paligemma",)
 REMEDY = "Use another target, or generate without `assistant_model`."
 
 
@@ -47,6 +51,25 @@ def rereads(model: PreTrainedModel, prompt_length: int, max_length: int | None) 
         f'(`rope_type="longrope"`), and this one may grow from {prompt_length} to {max_length or "any number"}. Set '
         f"`max_length` to {switch + 1} at most, or generate without `assistant_model`."
     )
+
+
+def not_in_graphs(target: Target) -> str | None:
+    """Why a target's forwards over trees cannot be compiled, whatever the compiler, or None."""
+    name, implementation = type(target.model).__name__, target.text_config._attn_implementation
+    if target.rescaled_attentions:
+        return f"`{name}` scales queries by cache slot, which needs hooks in a tree"
+    if target.length_dependent_rotaries:
+        return f"`{name}` has rotary angles that depend on the text's length, which needs hooks"
+    if target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
+        return f"`{name}` cannot take masks that are made beforehand for several kinds of layers"
+    if implementation == "flex_attention":
+        return '`attn_implementation="flex_attention"` compiles by itself'
+    if not takes_tree_masks(implementation):
+        return (
+            f"`attn_implementation={implementation!r}` takes no tree masks, and what stands in for it is not compiled; load "
+            'the target with `attn_implementation="sdpa"`'
+        )
+    return None
 
 
 def _other_kind(model: PreTrainedModel) -> str | None:

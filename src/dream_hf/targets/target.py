@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,9 @@ from .attention_statistics import ArgumentRecord, note_arguments
 from .reduced_head import reduced_head
 from .rotary import is_length_dependent, plain_angles
 from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_masks_available
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+PER_TOKEN = ("input_ids", "position_ids", *TOKEN_TYPES)  # arguments with an entry for every token
 
 VISUAL_TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -40,17 +44,26 @@ class DecoderRecord:
     embeds: list[torch.Tensor] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings and features of all tokens since the last call, (B, T, H) each."""
-        embeds, features = (
-            parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (self.embeds, self.features)
-        )
+    def take(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Embeddings and features of all tokens since the last call, (B, T, ...); None for what is not recorded."""
+        embeds, features = _joined(self.embeds), _joined(self.features)
         self.clear()
         return embeds, features
+
+    def take_first(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The same of the first forward since the last call; others are forgotten."""
+        self.embeds, self.features = self.embeds[:1], self.features[:1]
+        return self.take()
 
     def clear(self) -> None:
         """Forget what has been recorded."""
         self.embeds, self.features = [], []
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.cat(parts, dim=1)
 
 
 _record: ContextVar[DecoderRecord | None] = ContextVar("dream_hf_record", default=None)
@@ -209,28 +222,44 @@ class Target:
                 handle.remove()
 
     @contextmanager
-    def recording(self) -> Iterator[DecoderRecord]:
-        """Record what passes through the decoder in this thread while in the block."""
+    def recording(self, layers: tuple[int, ...] = (-1,), embeds: bool = True) -> Iterator[DecoderRecord]:
+        """Record what passes through the decoder in this thread while in the block.
+
+        Args:
+            layers (`tuple[int, ...]`): Whose features, side by side: -1 for those after the final norm, i for layer i's output.
+            embeds (`bool`): Whether to record the embeddings that enter.
+        """
         record = DecoderRecord()
         token = _record.set(record)
+        inner: dict[int, torch.Tensor] = {}  # of this forward
 
         def before(module, args, kwargs):
             if _record.get() is not record:
                 return None
-            embeds = kwargs.get("inputs_embeds")
-            input_ids = kwargs.get("input_ids", args[0] if args else None)
-            record.embeds.append(self.embed(input_ids) if embeds is None else embeds)
+            if embeds:
+                entering = kwargs.get("inputs_embeds")
+                input_ids = kwargs.get("input_ids", args[0] if args else None)
+                record.embeds.append(self.embed(input_ids) if entering is None else entering)
             # Layers that share keys and values (Gemma4) skip tokens whose logits nobody wants; their features are wanted.
             return args, {name: 0 if name == "logits_to_keep" else value for name, value in kwargs.items()}
 
+        def after_layer(index, module, args, output):
+            if _record.get() is record:
+                inner[index] = output[0] if isinstance(output, tuple) else output
+
         def after(module, args, output):
             if _record.get() is record:
-                record.features.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+                last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                parts = [last if layer == -1 else inner.pop(layer) for layer in layers]
+                record.features.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
-        handles = [
-            self.decoder.register_forward_pre_hook(before, with_kwargs=True),
-            self.decoder.register_forward_hook(after),
-        ]
+        handles = []
+        if layers or embeds:
+            handles.append(self.decoder.register_forward_pre_hook(before, with_kwargs=True))
+        if layers:
+            handles.append(self.decoder.register_forward_hook(after))
+        for layer in set(layers) - {-1}:
+            handles.append(self.decoder.layers[layer].register_forward_hook(partial(after_layer, layer)))
         try:
             with self._noting_arguments():
                 yield record

@@ -27,6 +27,7 @@ def check_dream(drafter: DreamModel, target: PreTrainedModel, settings: DraftSet
     config.check_width(settings)
     check_draft_vocabulary(drafter.draft_token_ids, config.draft_vocab_size, config.vocab_size)
     _check_weights(drafter)
+    _check_place(target, drafter)
 
 
 def check_fit(drafter: DreamModel, target: PreTrainedModel) -> None:
@@ -55,6 +56,19 @@ def _check_identity(drafter: DreamModel, actual: dict[str, Any]) -> None:
             f"The drafter was trained for {expected['name']!r} and drafts for {actual['name']!r}. The output is exact all "
             "the same; fewer drafted tokens may be accepted."
         )
+
+
+def _check_place(model: PreTrainedModel, drafter: DreamModel) -> None:
+    """Warn where the drafter has another dtype than the target, or lies on a device that the target has no part on."""
+    devices = {str(model.device), *map(str, getattr(model, "hf_device_map", {}).values())}
+    place = str(drafter.device)
+    if drafter.dtype == model.dtype and (place in devices or place.removeprefix("cuda:") in devices):
+        return
+    logger.warning_once(
+        f"The drafter is on {place} in {drafter.dtype} and the target on {model.device} in {model.dtype}: the output is exact "
+        "all the same, and drafting slower than it could be. Load the drafter with `DreamDrafter.from_pretrained(..., "
+        "dtype=target.dtype, device_map=target.device)`, or write `drafter.to(target.device, target.dtype)`."
+    )
 
 
 def _check_weights(drafter: DreamModel) -> None:

@@ -12,7 +12,7 @@ from ..levels import TargetHead
 from ..pending import PendingTokens
 from .compression import compress_text
 from .modeling import DreamModel
-from .state import DreamLevels, DrafterState, make_drafter_state
+from .state import DrafterState, DreamLevels, make_drafter_state
 
 
 class DreamSession(DraftSession):
@@ -38,9 +38,6 @@ class DreamSession(DraftSession):
     def read(self, verified: Verified) -> None:
         assert verified.features is not None  # the drafter needs them
         self.pending.add(verified.tokens, verified.features, verified.counts)
-
-    def shorten(self, row: int, count: int) -> None:
-        self.state.shorten(row, self.pending.shorten(row, count))
 
     def suspend(self) -> DreamSession:
         return self

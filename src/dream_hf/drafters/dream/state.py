@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
+from ...decoding.settings import DraftSettings
 from ...runtime.compilation import Settings as CompileSettings
 from ...runtime.compilation import compiled_function
-from ...decoding.settings import DraftSettings
 from ...runtime.kv_cache import Slots, slot_cache
 from ...runtime.static_kv_cache import StaticSlotLayer, StaticSlots, static_cache
 from ...runtime.threads import cpu_threads
@@ -307,7 +307,9 @@ class DreamLevels:
         state = self.state
         assert state.root_features is not None  # something has been read
         num_columns = state.reserve(num_levels * top_k)
-        return first_level(self.head, state.root_features, state.tokens.tensor(state.drafter.device), num_columns, top_k)
+        return first_level(
+            self.head, state.root_features, state.tokens.tensor(state.drafter.device), num_columns, top_k
+        )
 
     def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
         """Run the best nodes of a level at `places`, tentatively, and find `top_k` children of each."""

@@ -51,8 +51,8 @@ class LookupSession(DraftSession):
         return DraftTree.from_chains(root_tokens, [self._following(row, depth) for row in self.rows])
 
     def read(self, verified: Verified) -> None:
-        for row, tokens, count in zip(self.rows, verified.tokens.tolist(), verified.counts, strict=True):
-            row += tokens[:count]
+        gained = zip(verified.tokens.tolist(), verified.counts, strict=True)
+        self.rows = [[*row, *tokens[:count]] for row, (tokens, count) in zip(self.rows, gained, strict=True)]
 
     def suspend(self) -> LookupSession:
         return self
