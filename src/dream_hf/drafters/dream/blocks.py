@@ -91,7 +91,7 @@ def attend(
     PyTorch's own takes as little memory as the visibility allows, all others take masks.
     """
     dropout = attention.attention_dropout if attention.training else 0.0
-    implementation = attention.config._attn_implementation
+    implementation = attention.implementation
     if implementation == "sdpa":
         return seen.attend(queries, keys, values, unseen, attention.scaling, dropout).transpose(1, 2)
     mask = seen.mask(queries.shape[2], keys.shape[2], queries.device).unsqueeze(1)

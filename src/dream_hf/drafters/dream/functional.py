@@ -59,7 +59,7 @@ class DecodingForward:
     """
 
     def __init__(self, drafter: DreamModel):
-        self.parts = _Parts(drafter)
+        self.parts: Any = _Parts(drafter)
 
     def __call__(self, embeds: Tensor, features: Tensor, seen: Visibilities, places: Any, cache: Cache) -> Tensor:
         """Features (B, T, H) of T new tokens behind those in the cache, as `DreamModel.forward` computes them."""
@@ -101,15 +101,15 @@ class WholeForward(DecodingForward):
 class _Parts:
     """Stands in for a module: it has the module's attributes, and plain functions by the names of its submodules."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         vars(self).update((name, value) for name, value in vars(module).items() if not name.startswith("_"))
         for name, child in module.named_children():
             setattr(self, name, function_of(child))
-        if isinstance(module, DreamCrossAttentionBlock):
-            self.gates = tuple(gate.detach() for gate in module.gates)
+        for name in getattr(module, "fixed_in_decoding", ()):
+            setattr(self, name, getattr(module, name))
 
 
-def function_of(module: nn.Module) -> Any:
+def function_of(module: Any) -> Any:
     """What calling a module computes as a plain function of its weights; the module where it may do more than that."""
     kind = type(module)
     if kind is nn.ModuleList:
@@ -121,7 +121,7 @@ def function_of(module: nn.Module) -> Any:
     if kind is nn.Linear:
         return partial(linear, weight=module.weight, bias=module.bias)
     if kind is nn.RMSNorm:
-        return _norm_of(module)  # type: ignore[arg-type]
+        return _norm_of(module)
     return module
 
 
@@ -133,11 +133,11 @@ def is_plain_throughout(drafter: DreamModel) -> bool:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     """Whether calling a module does what its class says, and attention is PyTorch's own."""
     is_replaced = bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
     is_attention = isinstance(module, DreamSelfAttention | DreamCrossAttention)
-    return not is_replaced and not (is_attention and module.config._attn_implementation != "sdpa")
+    return not is_replaced and not (is_attention and module.implementation != "sdpa")
 
 
 def _norm_of(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:

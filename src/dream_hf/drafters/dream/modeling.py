@@ -55,6 +55,8 @@ class DreamDrafterOutput(ModelOutput):
 class DreamCrossAttention(nn.Module):
     """Attention of tokens to features: per-head RMS norm on queries and keys, no rotary embedding (paper, section 3.1)."""
 
+    fixed_in_decoding = ("implementation",)
+
     def __init__(self, config: DreamConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -74,6 +76,11 @@ class DreamCrossAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
+    @property
+    def implementation(self) -> str | None:
+        """The attention function's name in transformers."""
+        return self.config._attn_implementation
+
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, T, H)
@@ -86,6 +93,13 @@ class DreamCrossAttention(nn.Module):
 
 class DreamSelfAttention(LlamaAttention):
     """Llama's attention, told who sees what."""
+
+    fixed_in_decoding = ("implementation",)
+
+    @property
+    def implementation(self) -> str | None:
+        """The attention function's name in transformers."""
+        return self.config._attn_implementation
 
     def forward(  # type: ignore[override]
         self,
@@ -101,6 +115,7 @@ class DreamCrossAttentionBlock(GradientCheckpointingLayer):
     """Cross-attention and an MLP, each behind a tanh gate that starts closed."""
 
     _can_checkpoint_with_cache = True  # training has one kind of cache, which takes a repeated update
+    fixed_in_decoding = ("gates",)
 
     def __init__(self, config: DreamConfig, layer_idx: int):
         super().__init__()
@@ -213,7 +228,11 @@ class DreamModel(DreamPreTrainedModel):
         hidden_states = self.input_norm(inputs_embeds)
         angles = rotary_angles(self.rotary_emb, hidden_states, position_ids)
         last, mid = run_blocks(self, hidden_states, target_features, seen, angles, past_key_values)
-        return DreamDrafterOutput(last_hidden_state=last, mid_hidden_state=mid, cache=past_key_values)
+        return DreamDrafterOutput(
+            last_hidden_state=last,  # type: ignore[arg-type]
+            mid_hidden_state=mid,  # type: ignore[arg-type]
+            cache=past_key_values,
+        )
 
     def _check_inputs(self, inputs_embeds: torch.Tensor, target_features: torch.Tensor) -> None:
         for name, tensor in (("inputs_embeds", inputs_embeds), ("target_features", target_features)):
