@@ -214,7 +214,7 @@ def llama4(**scaling: Any) -> PreTrainedConfig:
 
 def llama4_scaled() -> PreTrainedConfig:
     """Queries of the layers without positions grow with the position within a short prompt already."""
-    return llama4(floor_scale=16 if LLAMA4_TAKES_PICTURES else 4, attn_scale=0.5)
+    return llama4(floor_scale=16, attn_scale=0.5) if LLAMA4_TAKES_PICTURES else llama4(floor_scale=5, attn_scale=0.7)
 
 
 def llama() -> PreTrainedConfig:
