@@ -30,7 +30,7 @@ from dream_hf.data.prompts import PromptEncoder
 from dream_hf.decoding import loop as generation
 from dream_hf.demo import make_rows
 from dream_hf.drafters.dream import state as drafter_state
-from dream_hf.drafters.dream.functional import lean_drafter
+from dream_hf.drafters.dream.functional import DecodingForward, decoding_forward
 from dream_hf.drafters.levels import TargetHead
 from dream_hf.hub.model_card import write_card
 from dream_hf.runtime.compilation import _compiled
@@ -288,15 +288,15 @@ def test_batches(target, drafter, tmp_path):
 
 def test_a_blind_drafter_runs_as_fast_a_way_as_any_and_in_batches(target, drafter, tmp_path, monkeypatch):
     made = []
-    make = drafter_state.lean_drafter
-    monkeypatch.setattr(drafter_state, "lean_drafter", lambda drafter: made.append(make(drafter)) or made[-1])
+    make = drafter_state.decoding_forward
+    monkeypatch.setattr(drafter_state, "decoding_forward", lambda drafter: made.append(make(drafter)) or made[-1])
     results = run(
         target,
         make_methods(["dream_tree"], target, drafter, with_blind=True),
         tmp_path,
         Settings((0.0,), 6, 1, batch_size=2),
     )
-    assert made and all(lean is not None for lean in made)
+    assert made and all(type(forward) is DecodingForward for forward in made)
     assert not results["failed_methods"] and all(row["match_rate"] == 1.0 for row in results["rows"])
 
 
@@ -470,15 +470,15 @@ def test_clocks_leave_the_drafter_its_fast_path(target, drafter, tmp_path, monke
     found = []
 
     def watched(model):
-        found.append(lean_drafter(model))
+        found.append(decoding_forward(model))
         return found[-1]
 
-    monkeypatch.setattr(drafter_state, "lean_drafter", watched)
+    monkeypatch.setattr(drafter_state, "decoding_forward", watched)
     tree = make_methods(["dream_tree"], target, drafter)[1]
     encoder = PromptEncoder(tiny_processor())
     time_shares(target, encoder, tree, prompts(1), 10)
     profile_steps(target, encoder, tree, prompts(1)[0], 10, tmp_path / "trace.json")
-    assert len(found) == 4 and None not in found
+    assert len(found) == 2 and all(type(forward) is DecodingForward for forward in found)
 
 
 def test_compiled_forwards_are_clocked_and_stay_compiled(target, drafter, tmp_path):

@@ -12,7 +12,8 @@ from lossless import SMALL_TREE, assert_same_tokens, gains, generate, oracle, st
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from dream_hf.runtime.kv_cache import SlotLayer, Slots, slot_cache, slot_layers, unsupported_layer
+from dream_hf.runtime.kv_cache import SlotLayer, slot_cache, slot_layers, unsupported_layer
+from dream_hf.runtime.slots import Slots
 
 each_batch = pytest.mark.parametrize("batch", [1, 3])
 WINDOW = 5

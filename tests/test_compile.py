@@ -23,8 +23,8 @@ from dream_hf.drafters import growth as drafting
 from dream_hf.drafters.levels import Beams
 from dream_hf.runtime import compilation as compiling
 from dream_hf.runtime.compilation import Settings, compiled_function
-from dream_hf.runtime.kv_cache import SlotLayer, Slots
-from dream_hf.runtime.static_kv_cache import BUCKET, StaticSlotLayer, StaticSlots, static_layers
+from dream_hf.runtime.kv_cache import BUCKET, SlotLayer, slot_layers
+from dream_hf.runtime.slots import Slots
 
 KEEPS_DOUBLE = False  # and targets in float32, which have no casts to lift
 
@@ -286,10 +286,10 @@ def some(batch, num_tokens, seed):
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 9, 7]], ids=str)
-def test_static_layers_hold_what_slot_layers_hold(lengths):
+def test_fixed_layers_hold_what_growing_ones_hold(lengths):
     batch = len(lengths)
-    slots, static = Slots([0] * batch), StaticSlots([0] * batch, path_size=4)
-    ours, theirs = StaticSlotLayer(static), SlotLayer(slots)
+    slots, static = Slots([0] * batch), Slots([0] * batch, path_size=4)
+    ours, theirs = SlotLayer(static, is_fixed=True), SlotLayer(slots)
     for step, num_new in enumerate((max(lengths), 6, 300, 6)):
         states = some(batch, num_new, step)
         ours.lazy_initialization(states, states) if not ours.is_initialized else None
@@ -313,8 +313,8 @@ def test_static_layers_hold_what_slot_layers_hold(lengths):
 
 def test_tentative_slots_of_levels():
     """A level is written behind the one before, and taking them back starts over."""
-    slots = StaticSlots([3])
-    layer = StaticSlotLayer(slots)
+    slots = Slots([3])
+    layer = SlotLayer(slots, is_fixed=True)
     levels = [some(1, 2, seed) for seed in range(2)]
     layer.lazy_initialization(levels[0], levels[0])
     for states in levels:
@@ -330,10 +330,10 @@ def test_a_cache_gets_its_layers_back_when_something_fails():
     cache = DynamicCache()
     states = some(1, 5, 0)
     cache.update(states, states, 0)
-    slots = StaticSlots([5], path_size=3)
+    slots = Slots([5], path_size=3)
     before = list(cache.layers)
-    with pytest.raises(KeyError), static_layers(cache, slots, 8):
-        assert cache.is_compileable and type(cache.layers[0]) is StaticSlotLayer
+    with pytest.raises(KeyError), slot_layers(cache, slots, 8):
+        assert cache.is_compileable and cache.layers[0].is_fixed
         raise KeyError
     assert cache.layers == before and torch.equal(cache.layers[0].keys, states)
 

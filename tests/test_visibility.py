@@ -7,6 +7,7 @@ from test_modeling import both, make_drafter, make_inputs
 from dream_hf.drafters import masked_attention
 from dream_hf.drafters.dream import state as drafter_state
 from dream_hf.drafters.dream.compression import DrafterText, compress_text, novelty
+from dream_hf.drafters.dream.functional import WholeForward
 from dream_hf.drafters.dream.modeling import DraftMasks
 from dream_hf.drafters.dream.state import DrafterState
 from dream_hf.drafters.masked_attention import attend_masked
@@ -129,11 +130,13 @@ def test_a_long_turn_is_read_in_parts(is_lean, counts, monkeypatch):
     for entries in (2**23, 100, 1):
         monkeypatch.setattr(drafter_state, "MASK_ENTRIES", entries)
         state = DrafterState(drafter, 2)
-        state.lean = state.lean if is_lean else None
+        state.forward = state.forward if is_lean else WholeForward(drafter)
         calls = []
         forward = state._forward
         state._forward = lambda *args, calls=calls, forward=forward: (calls.append(1), forward(*args))[1]
         state.read(embeds[:, :6], features[:, :5], torch.arange(6).expand(2, -1), [6, 4])
+        assert len(calls) == 1
+        calls.clear()
         state.read_on(embeds[:, 6:15], features[:, 5:14], counts)
         found.append([state.root_features, state.root_positions.double()])
         assert len(calls) == {2**23: 1, 100: 3, 1: 9}[entries]

@@ -15,9 +15,9 @@ from transformers.cache_utils import Cache
 from ..compat import CACHE
 from ..runtime.compilation import Settings as CompileSettings
 from ..runtime.compilation import compiled_function, run_model
-from ..runtime.kv_cache import SlotLayer, Slots, slot_layers
+from ..runtime.kv_cache import SlotLayer, slot_layers
 from ..runtime.phases import CACHE_WORK, TARGET, phase
-from ..runtime.static_kv_cache import StaticSlots, static_layers
+from ..runtime.slots import Slots
 from ..targets.target import PER_TOKEN, TOKEN_TYPES, DecoderRecord, Target
 from ..targets.tree_masks import TreeScope, tree_scope
 from ..targets.tree_proof import TreeProof, are_tree_masks
@@ -158,7 +158,6 @@ class CompiledTargetForward(TargetForward):
         layers (`tuple[int, ...]`): Whose features are wanted, as [`Needs`] names them.
     """
 
-    slots: StaticSlots
     compilation: CompileSettings
 
     def __init__(
@@ -174,7 +173,7 @@ class CompiledTargetForward(TargetForward):
         self.compilation = compilation
         # Of transformers' hidden states the first are the embeddings, and the last those after the final norm.
         self.hidden_states = [layer if layer == -1 else layer + 1 for layer in layers]
-        self.slots = StaticSlots([0] * batch_size, path_size=settings.tree_depth + 1)
+        self.slots = Slots([0] * batch_size, path_size=settings.tree_depth + 1)
 
     def arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         # The prefill returns the features, too, and so installs transformers' hooks.
@@ -185,7 +184,7 @@ class CompiledTargetForward(TargetForward):
     def using(self, cache: Cache) -> Iterator[None]:
         # The prefill's hooks are gone by now.
         self.run = compiled_function(self.target.model, run_model, self.compilation)
-        with static_layers(cache, self.slots, self.tree_size + 1, self.is_dynamic) as self.static_layers:
+        with slot_layers(cache, self.slots, self.tree_size + 1, self.is_dynamic) as self.layers:
             yield
 
     @property
@@ -202,7 +201,7 @@ class CompiledTargetForward(TargetForward):
 
     def _pad(self, tree: DraftTree) -> DraftTree:
         num_nodes = padded_count(tree.num_nodes, self.tree_size, tree.tokens.device)
-        for layer in self.static_layers:
+        for layer in self.layers:
             layer.reserve(num_nodes)
         return tree.padded(num_nodes)
 

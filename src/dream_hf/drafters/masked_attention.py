@@ -13,6 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 MASK_ENTRIES = 2**23  # of the masks that are in memory at a time
+BIAS_COLUMNS = 16  # rows of what is added to scores start at multiples of it, which kernels of accelerators want
 SINK_COLUMNS = 8  # two are used; kernels want a multiple of 8
 
 
@@ -42,6 +43,23 @@ def attend_masked(
     if sees_something is None or unseen is None:
         return attended
     return torch.where(sees_something.unsqueeze(1), attended, unseen.to(attended.dtype))
+
+
+def aligned_bias(bias: Tensor) -> Tensor:
+    """What is added to scores, (..., K), where kernels can read it: off the CPU, rows start at aligned addresses.
+
+    PyTorch copies a bias whose rows do not, once for each attention; that a view starts in the middle it does not see, and its
+    memory-efficient kernel fails with "misaligned address".
+    """
+    if not needs_alignment(bias.device):
+        return bias
+    num_columns = bias.shape[-1]
+    return pad(bias, (0, BIAS_COLUMNS - num_columns % BIAS_COLUMNS))[..., :num_columns]  # never by none: a new buffer
+
+
+def needs_alignment(device: torch.device) -> bool:
+    """Whether attention on a device runs in kernels that read several numbers at a time."""
+    return device.type != "cpu"
 
 
 def mask_rows(queries: Tensor, num_keys: int) -> int:

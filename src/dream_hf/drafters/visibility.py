@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .masked_attention import (
     SINK_COLUMNS,
+    aligned_bias,
     attend_masked,
     attend_own,
     dtype_of_attention,
@@ -27,6 +29,8 @@ from .masked_attention import (
 
 class Visibility(ABC):
     """Which of K keys each of T queries sees."""
+
+    may_show_nothing: ClassVar[bool] = True  # whether some query may see no key
 
     @abstractmethod
     def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -52,6 +56,34 @@ class Listed(Visibility):
         self, queries: Tensor, keys: Tensor, values: Tensor, unseen: Tensor | None, scale: float, dropout: float
     ) -> Tensor:
         return attend_masked(queries, keys, values, self.visible, unseen, scale, dropout)
+
+
+@dataclass(frozen=True)
+class Biased(Visibility):
+    """Any pattern in which each query sees something, as numbers that are made once for all blocks.
+
+    Args:
+        bias (`torch.Tensor` of shape `(B, 1, T, columns)`): 0 where a key is seen, else -inf; there may be fewer keys.
+    """
+
+    may_show_nothing = False
+    bias: Tensor
+
+    def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        return self.bias[:, 0, :, :num_keys] == 0
+
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, unseen: Tensor | None, scale: float, dropout: float
+    ) -> Tensor:
+        return scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=self.bias[..., : keys.shape[2]],
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -137,6 +169,7 @@ class OwnChains(Visibility):
         depth (`int`): How many drafts each chain has.
     """
 
+    may_show_nothing = False
     counts: Tensor
     depth: int
 
@@ -191,6 +224,15 @@ class Visibilities:
 
     tokens: Visibility
     features: Visibility
+
+
+def shown_columns(sees: Tensor, dtype: torch.dtype) -> Visibilities:
+    """What tokens see by one mask over columns, (B, T, columns): column c stands for token c and for feature c - 1.
+
+    Every token sees its own column, which is not the first: so it sees a token and a feature.
+    """
+    bias = sees.unsqueeze(1).to(dtype).log()  # 0 or -inf
+    return Visibilities(*(Biased(aligned_bias(part)) for part in (bias, bias[..., 1:])))
 
 
 def text_visibilities(

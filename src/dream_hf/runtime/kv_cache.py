@@ -1,8 +1,8 @@
-"""Key/value caches that draft trees can be written into and taken back from.
+"""Key/value caches that draft trees can be written into and taken back from; see `slots` for who writes where.
 
-A row's first slots hold verified tokens, one slot for each, in order; the slots after them are tentative. Rows may have
-different numbers of verified slots: a row always writes right behind its own. Keeping a path moves a few tentative slots;
-taking the rest back is changing a number.
+Keeping a path moves a few tentative slots; taking the rest back is changing a number. Buffers grow when they are full and
+show what is filled; or, for compiled code, which relies on shapes, they are fixed: they have room for what is to come, all of
+which is shown to the attention, whose mask cuts, and keeping a path waits for the next forward and happens inside it.
 """
 
 from __future__ import annotations
@@ -15,92 +15,89 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-MIN_SPARE_SLOTS = 64
+from .phases import CACHE_WORK, phase
+from .slots import Pointers, Slots
+
+SPARE_SLOTS = 64  # that buffers grow by at least
+FIXED_SPARE_SLOTS = 256  # the same for fixed ones
+BUCKET = 256  # capacities of fixed buffers are multiples of it, so that few shapes occur
 # Layers a tree can be taken back from. Layers that only read other layers' keys have had a type since transformers 5.23.
 SUPPORTED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
-
-
-class Slots:
-    """Where the rows of a batch stand, shared by the layers of a cache.
-
-    Args:
-        lengths (`Sequence[int]`): Verified slots of each row.
-        limit (`int`, *optional*): Slots that will never be exceeded, so that buffers need not grow past it.
-    """
-
-    def __init__(self, lengths: Sequence[int], limit: int | None = None):
-        self.limit = limit
-        self.tentative = 0  # slots after the verified ones that hold something, equal for all rows
-        self.place(lengths)
-
-    def place(self, lengths: Sequence[int]) -> None:
-        """Set the verified slots of each row."""
-        self.lengths = list(lengths)
-        self.longest, self.shortest = max(self.lengths), min(self.lengths)
-        self._tensors: dict[torch.device, torch.Tensor] = {}
-
-    @property
-    def end(self) -> int:
-        """First slot that no row uses."""
-        return self.longest + self.tentative
-
-    def tensor(self, device: torch.device) -> torch.Tensor:
-        """`lengths` on a device, (B,)."""
-        if device not in self._tensors:
-            self._tensors[device] = torch.tensor(self.lengths, device=device)
-        return self._tensors[device]
-
-    def extend(self, num_slots: int) -> None:
-        """Take note of `num_slots` tentative slots written by a forward pass, in every layer."""
-        self.tentative += num_slots
-
-    def commit(self, counts: Sequence[int]) -> None:
-        """Verify the first `counts` tentative slots of each row and take the others back."""
-        self.tentative = 0
-        if any(counts):
-            self.place([length + count for length, count in zip(self.lengths, counts, strict=True)])
-
-    def rollback(self) -> None:
-        """Take all tentative slots back."""
-        self.tentative = 0
 
 
 class SlotLayer(DynamicLayer):
     """Keys and values of one layer in buffers that are written in place and grow by a quarter when full.
 
     With a sliding window only the slots that a query may still see are returned, and slots that none can see are
-    dropped when the buffer is full, so that it stays within a small multiple of the window.
+    dropped when the buffer is full, so that it stays within a small multiple of the window. Fixed buffers leave out what lies
+    outside the window when the layer is made; from then on no slot is dropped.
+
+    Args:
+        slots (`Slots`): Where rows stand.
+        sliding_window (`int`, *optional*): Tokens a query sees.
+        is_fixed (`bool`): Whether `update` can be compiled: it reads tensors only, and returns whole buffers, which
+            [`SlotLayer.reserve`] made large enough.
+        is_dynamic (`bool`): Let code that is compiled for fixed buffers serve any other capacity, too.
     """
 
     keys: torch.Tensor  # type: ignore[assignment]
     values: torch.Tensor  # type: ignore[assignment]
+    pointers: Pointers  # of fixed buffers
 
-    def __init__(self, slots: Slots, sliding_window: int | None = None):
+    def __init__(
+        self, slots: Slots, sliding_window: int | None = None, is_fixed: bool = False, is_dynamic: bool = False
+    ):
         super().__init__()
-        self.slots = slots
-        self.sliding_window = sliding_window
+        self.slots, self.sliding_window = slots, sliding_window
         self.is_sliding = sliding_window is not None
+        self.is_fixed, self.is_dynamic = is_fixed, is_dynamic
+        self.is_compileable = is_fixed
         self.dropped = 0  # slots before the first one in the buffers
+        self.first: torch.Tensor | None = None  # the same for compiled code, where it is not 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states[:, :, :0]
-        self.values = value_states[:, :, :0]
+        """Make empty buffers for states of this kind."""
+        self.adopt(key_states[:, :, :0], value_states[:, :, :0])
+
+    def adopt(self, keys: torch.Tensor, values: torch.Tensor, dropped: int = 0, num_new: int = 0) -> None:
+        """Start with verified keys and values (B, heads, K, head_dim), the first of which are in slot `dropped`."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.dropped = keys, values, dropped
         self.is_initialized = True
+        if self.is_fixed:
+            self.pointers = self.slots.pointers(self.device)
+            self.first = torch.tensor(dropped, device=self.device) if self.is_sliding else None
+            self.reserve(num_new)
+
+    def reserve(self, num_new: int) -> None:
+        """Make room for `num_new` slots, dropping what has left the window and growing the buffers if need be."""
+        needed = self.slots.end + num_new - self.dropped
+        if needed > self.keys.shape[2] or not self.keys.shape[2]:
+            self._grow(needed)
 
     def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values behind each row's last slot; return all that is visible, (B, heads, K, head_dim)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        num_new = key_states.shape[-2]
-        self._reserve(num_new)
-        self._write(self.keys, key_states)
-        self._write(self.values, value_states)
+        num_new = key_states.shape[2]
+        if self.is_fixed:
+            self.move()
+            new = self._inside(self.pointers.starts[:, None] + torch.arange(num_new, device=self.keys.device))
+            _write(self.keys, new, key_states)
+            _write(self.values, new, value_states)
+            return self.keys, self.values
+        with phase(CACHE_WORK):
+            self.reserve(num_new)
+            self._append(self.keys, key_states)
+            self._append(self.values, value_states)
         visible = slice(self.first_visible - self.dropped, self.slots.end + num_new - self.dropped)
         return self.keys[:, :, visible], self.values[:, :, visible]
 
     def keep(self, path: torch.Tensor) -> None:
-        """Move the tentative slots `path` (B, P) to the first P tentative slots. Paths start at node 0, which stays."""
+        """Move the tentative slots `path` (B, P) to the first P tentative slots. Paths start at node 0, which stays.
+
+        In fixed buffers this is a matter of the slots, and of the next forward.
+        """
         num_kept = path.shape[1]
         if path.shape[0] == 1:  # fewer and cheaper operations than for rows that differ
             first = self.slots.longest - self.dropped
@@ -110,15 +107,19 @@ class SlotLayer(DynamicLayer):
             return
         start = self.slots.tensor(self.keys.device)[:, None] - self.dropped
         source = start + path.to(self.keys.device)
-        destination = start + torch.arange(num_kept, device=self.keys.device)
-        for buffer in (self.keys, self.values):
-            kept = buffer.gather(2, _per_head(source, buffer))
-            buffer.scatter_(2, _per_head(destination, buffer), kept)
+        self._move(source, start + torch.arange(num_kept, device=self.keys.device))
+
+    def move(self) -> None:
+        """Make the move that waits for the next forward, in fixed buffers."""
+        if self.is_fixed and self.slots.path_size > 1:
+            self._move(self._inside(self.pointers.moved_from), self._inside(self.pointers.moved_to))
 
     def leave_inference_mode(self) -> None:
         """Let buffers made in `torch.inference_mode()` be written outside it, by copying them."""
         if self.is_initialized and self.keys.is_inference():
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.keys, self.values = (self._buffer(states, states.shape[2]) for states in (self.keys, self.values))
+            if self.is_fixed:
+                self.pointers = self.slots.pointers(self.device)
 
     @property
     def first_visible(self) -> int:
@@ -128,52 +129,92 @@ class SlotLayer(DynamicLayer):
         return max(self.slots.shortest - self.sliding_window + 1, self.dropped)
 
     def get_seq_length(self) -> int:
-        return self.slots.end
+        return self.pointers.end if self.is_fixed else self.slots.end  # type: ignore[return-value]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.is_fixed:
+            return self.keys.shape[2], self.dropped
         return self.slots.end + query_length - self.first_visible, self.first_visible
 
-    def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
-        num_new, states = states.shape[2], states.to(buffer.dtype)  # which autocast may have changed
+    def _inside(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where slots lie in the buffers."""
+        return slots if self.first is None else slots - self.first
+
+    def _append(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
+        num_new, device = states.shape[2], buffer.device
         if self.slots.longest == self.slots.shortest:
             start = self.slots.end - self.dropped
             buffer[:, :, start : start + num_new] = states
             return
-        first = self.slots.tensor(buffer.device)[:, None] + (self.slots.tentative - self.dropped)
-        buffer.scatter_(2, _per_head(first + torch.arange(num_new, device=buffer.device), states), states)
+        first = self.slots.tensor(device)[:, None] + (self.slots.tentative - self.dropped)
+        _write(buffer, first + torch.arange(num_new, device=device), states)
 
-    def _reserve(self, num_new: int) -> None:
-        """Make room for `num_new` slots, dropping what has left the window and growing the buffers if need be."""
-        needed = self.slots.end + num_new - self.dropped
-        if needed <= self.keys.shape[2]:
-            return
-        passed = self.first_visible - self.dropped
-        filled = min(self.slots.end - self.dropped, self.keys.shape[2])
+    def _move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        for buffer in (self.keys, self.values):
+            _write(buffer, destination, _read(buffer, source))
+
+    def _grow(self, needed: int) -> None:
+        """Move to buffers of at least `needed` slots, less those that no query can see any more."""
+        passed = 0 if self.is_fixed else self.first_visible - self.dropped
         needed -= passed
-        capacity = needed + max(MIN_SPARE_SLOTS, needed // 4)
+        capacity = needed + max(FIXED_SPARE_SLOTS if self.is_fixed else SPARE_SLOTS, needed // 4)
         if self.slots.limit is not None:
             capacity = max(needed, min(capacity, self.slots.limit - self.dropped - passed))
-        self.keys = _moved(self.keys[:, :, passed:filled], capacity)
-        self.values = _moved(self.values[:, :, passed:filled], capacity)
+        if self.is_fixed:
+            capacity = -(-capacity // BUCKET) * BUCKET
+        self.keys = self._buffer(self.keys[:, :, passed:], capacity)
+        self.values = self._buffer(self.values[:, :, passed:], capacity)
         self.dropped += passed
 
+    def _buffer(self, states: torch.Tensor, capacity: int) -> torch.Tensor:
+        """`states` (B, heads, K, head_dim) at the start of a new buffer, what is yet to be moved among them."""
+        buffer = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
+        buffer[:, :, : states.shape[2]] = states
+        if self.is_fixed and self.is_dynamic:
+            torch._dynamo.maybe_mark_dynamic(buffer, 2)
+        elif (
+            self.is_fixed and buffer.device.type != "cpu"
+        ):  # a graph of device calls writes to addresses, not to tensors
+            torch._dynamo.mark_static_address(buffer, guard=False)
+        return buffer
 
-def slot_cache(slots_of_layers: Sequence[Slots]) -> Cache:
-    """An empty cache with one layer for each entry, standing where that entry says."""
-    return Cache(layers=[SlotLayer(slots) for slots in slots_of_layers])
+
+def slot_cache(slots_of_layers: Sequence[Slots], like: torch.Tensor | None = None) -> Cache:
+    """An empty cache with one layer for each entry, standing where that entry says.
+
+    Its buffers are fixed where it is told what keys and values are `like`, (B, heads, 0, head_dim).
+    """
+    if like is None:
+        return Cache(layers=[SlotLayer(slots) for slots in slots_of_layers])
+    is_dynamic = like.device.type == "cpu"
+    layers = [SlotLayer(slots, is_fixed=True, is_dynamic=is_dynamic) for slots in slots_of_layers]
+    for layer in layers:
+        layer.lazy_initialization(like, like)
+    return Cache(layers=layers)  # type: ignore[arg-type]
 
 
 @contextmanager
-def slot_layers(cache: Cache, slots: Slots) -> Iterator[list[SlotLayer]]:
+def slot_layers(
+    cache: Cache, slots: Slots, room: int | None = None, is_dynamic: bool = False
+) -> Iterator[list[SlotLayer]]:
     """Let a prefilled cache keep its keys and values in [`SlotLayer`]s while in the block.
 
     On the way out, by whatever way, the cache gets its own layers back, holding exactly the verified slots, as if the
     tokens had come one by one.
+
+    Args:
+        cache (`Cache`): The cache.
+        slots (`Slots`): Where its rows stand.
+        room (`int`, *optional*): Tentative slots that there is room for to start with, in buffers that are fixed.
+        is_dynamic (`bool`): Let code that is compiled for fixed buffers serve any other capacity, too.
     """
     originals: list[Any] = list(cache.layers)
-    adopted = {index: _adopt(layer, slots) for index, layer in enumerate(originals) if layer.keys is not None}
-    for index, layer in adopted.items():
-        cache.layers[index] = layer
+    adopted: dict[int, SlotLayer] = {}
+    for index, layer in enumerate(originals):
+        if layer.keys is not None:
+            window = getattr(layer, "sliding_window", None)
+            adopted[index] = cache.layers[index] = SlotLayer(slots, window, room is not None, is_dynamic)
+            _adopt(adopted[index], layer, room or 0)
     try:
         yield list(adopted.values())
     finally:
@@ -187,17 +228,16 @@ def unsupported_layer(cache: Cache) -> str | None:
     return next((type(layer).__name__ for layer in cache.layers if type(layer) not in SUPPORTED_LAYERS), None)
 
 
-def _adopt(layer: Any, slots: Slots) -> SlotLayer:
-    adopted = SlotLayer(slots, getattr(layer, "sliding_window", None))
-    adopted.lazy_initialization(layer.keys, layer.values)
-    adopted.keys, adopted.values = layer.keys, layer.values
-    adopted.dropped = layer.get_seq_length() - layer.keys.shape[2]
-    layer.keys = layer.values = None  # one owner: a buffer that is grown can be freed
-    return adopted
+def _adopt(layer: SlotLayer, original: Any, num_new: int) -> None:
+    """Let `layer` take over what the cache's own holds; one owner, so that a buffer that is grown can be freed."""
+    keys, values, dropped = original.keys, original.values, original.get_seq_length() - original.keys.shape[2]
+    original.keys = original.values = None
+    layer.adopt(keys, values, dropped, num_new)
 
 
 def restore(layer: SlotLayer, original: Any) -> None:
     """Give a cache's own layer the verified slots of the one that stood in for it."""
+    layer.move()
     slots = layer.slots
     first = layer.dropped
     if layer.sliding_window is not None:
@@ -211,13 +251,19 @@ def restore(layer: SlotLayer, original: Any) -> None:
             original.values[row, :, max(length - first, 0) :] = 0
 
 
-def _per_head(slots: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Slot indices (B, P) in the shape `gather` and `scatter_` want for a (B, heads, slots, head_dim) buffer."""
-    return slots[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+def _read(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The states in `slots` (B, P) of a buffer (B, heads, capacity, head_dim): (B, heads, P, head_dim)."""
+    if slots.shape[0] == 1:
+        return buffer.index_select(2, slots[0])
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    return buffer[rows, :, slots].transpose(1, 2)
 
 
-def _moved(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    """`states` (B, heads, K, head_dim) at the start of a new buffer of `capacity` slots."""
-    buffer = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
-    buffer[:, :, : states.shape[2]] = states
-    return buffer
+def _write(buffer: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
+    """Put `states` (B, heads, P, head_dim) into `slots` (B, P) of a buffer, in place; autocast may have changed their dtype."""
+    states = states.to(buffer.dtype)
+    if slots.shape[0] == 1:
+        buffer.index_copy_(2, slots[0], states)
+        return
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    buffer[rows, :, slots] = states.transpose(1, 2)

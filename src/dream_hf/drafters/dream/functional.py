@@ -1,188 +1,158 @@
-"""The drafter's forward for decoding: the computation of `modeling_dream`, without what modules cost on the way.
+"""A drafter's forward for decoding: the arithmetic of `blocks` over plain functions of the drafter's weights.
 
 A draft level is a few tokens wide, and in a small drafter Python takes longer than the arithmetic: module calls, attribute
 lookups, rotary angles computed anew. Here the weights are looked up once per `generate()` (they are shared, not copied),
-and the rotary angles of all levels of a tree are computed together. `tests/test_lean.py` holds the two forms together.
+and the rotary angles of all levels of a tree are computed together. A submodule that does more than its class says (hooks,
+adapters, quantised weights, another attention than `"sdpa"`) stays as it is and is called.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm
 from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from .modeling import DreamModel
+from ..visibility import DraftMasks, Visibilities
+from .blocks import (
+    cross_attention,
+    cross_attention_block,
+    rotary_angles,
+    run_blocks,
+    self_attention,
+    self_attention_block,
+)
+from .modeling import (
+    DreamCrossAttention,
+    DreamCrossAttentionBlock,
+    DreamModel,
+    DreamSelfAttention,
+    DreamSelfAttentionBlock,
+)
 
-Function = Callable[[torch.Tensor], torch.Tensor]
-Angles = tuple[torch.Tensor, torch.Tensor]  # cosines, and sines with a negative first half: (B, 1, T, head_dim) each
+COMPUTATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    DreamSelfAttentionBlock: self_attention_block,
+    DreamCrossAttentionBlock: cross_attention_block,
+    DreamSelfAttention: self_attention,
+    DreamCrossAttention: cross_attention,
+    LlamaMLP: LlamaMLP.forward,
+}
 
 
-def lean_drafter(drafter: DreamModel) -> LeanDrafter | None:
-    """The lean form of a drafter, or None for one that only its modules can run.
-
-    That is one with hooks, adapters or quantised weights, one in training, and one with another attention than `"sdpa"`.
-    """
-    is_plain = type(drafter) is DreamModel and all(_is_plain(module) for module in drafter.modules())
-    if not is_plain or drafter.training or drafter.config._attn_implementation != "sdpa":
-        return None
-    return LeanDrafter(drafter)
+def decoding_forward(drafter: DreamModel) -> DecodingForward:
+    """The fastest forward that computes what calling the drafter computes."""
+    is_own = type(drafter).forward is DreamModel.forward and _is_plain(drafter)
+    return DecodingForward(drafter) if is_own else WholeForward(drafter)
 
 
-class LeanDrafter:
+class DecodingForward:
     """A drafter as a function for decoding. It holds the drafter's own weights: make a new one when they are replaced.
 
     Args:
-        drafter (`DreamModel`): One that [`lean_drafter`] accepts.
+        drafter (`DreamModel`): One whose own forward is that of its class.
     """
 
     def __init__(self, drafter: DreamModel):
-        self.input_norm, self.feature_norm = _function(drafter.input_norm), _function(drafter.feature_norm)
-        self.norm = _function(drafter.norm)
-        self.rotary = drafter.rotary_emb
-        self.blocks: list[Any] = [
-            (_CrossBlock if kind == "cross" else _SelfBlock)(layer, index)
-            for index, (kind, layer) in enumerate(zip(drafter.config.block_types, drafter.layers, strict=True))
-        ]
+        self.parts: Any = _Parts(drafter)
 
-    def __call__(
-        self,
-        embeds: torch.Tensor,  # (B, T, H)
-        features: torch.Tensor,  # (B, S, H)
-        sees: torch.Tensor,  # (B, T, columns), the keys each token sees, of which there may be fewer than columns
-        angles: Angles,
-        cache: Cache,
-    ) -> torch.Tensor:
-        """Features (B, T, H) of T new tokens behind those in the cache, as `DreamModel.forward` computes them.
+    def __call__(self, embeds: Tensor, features: Tensor, seen: Visibilities, places: Any, cache: Cache) -> Tensor:
+        """Features (B, T, H) of T new tokens behind those in the cache, as `DreamModel.forward` computes them."""
+        return run_blocks(self.parts, self.parts.input_norm(embeds), features, seen, places, cache)[0]
 
-        Column c stands for token c and for feature c - 1. Every token sees a feature.
-        """
-        hidden = self.input_norm(embeds)
-        bias = sees.unsqueeze(1).to(embeds.dtype).log()  # 0 or -inf, once for all blocks
-        scene = _Scene(self.feature_norm(features), bias, bias[..., 1:], *angles, cache)
-        for block in self.blocks:
-            hidden = block(hidden, scene)
-        return self.norm(hidden)
+    def places(self, like: Tensor, positions: Tensor) -> Any:
+        """What tells where tokens at `positions` (B, T) stand: their rotary angles, in the dtype of `like`."""
+        return rotary_angles(self.parts.rotary_emb, like, positions)
 
-    def angles(self, like: torch.Tensor, positions: torch.Tensor) -> Angles:
-        """Rotary angles at `positions` (B, T), in the dtype of `like`."""
-        cos, sin = self.rotary(like, positions)
-        first, second = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
+    def places_of_levels(self, like: Tensor, positions: Tensor) -> list[Any]:
+        """The same for levels of a tree, each of which has one of the `positions` (B, L)."""
+        cos, sin = self.places(like, positions)
+        return list(zip(cos.split(1, dim=2), sin.split(1, dim=2), strict=True))
 
 
-@dataclass(frozen=True)
-class _Scene:
-    """What all blocks of one forward share."""
+class WholeForward(DecodingForward):
+    """A drafter that has a forward of its own, or hooks around it."""
 
-    features: torch.Tensor  # (B, S, H)
-    token_bias: torch.Tensor  # (B, 1, T, K), added to what self-attention finds
-    feature_bias: torch.Tensor  # (B, 1, T, F), the same for cross-attention
-    cos: torch.Tensor  # (B, 1, T, head_dim)
-    sin: torch.Tensor  # the same, negative in its first half
-    cache: Cache
+    def __init__(self, drafter: DreamModel):
+        self.drafter = drafter
 
+    def __call__(self, embeds: Tensor, features: Tensor, seen: Visibilities, places: Any, cache: Cache) -> Tensor:
+        outputs = self.drafter(
+            embeds,
+            features,
+            attention_mask=DraftMasks(seen.tokens, seen.features),
+            position_ids=places.expand(-1, embeds.shape[1]),
+            past_key_values=cache,
+        )
+        return outputs.last_hidden_state
 
-class _Attention:
-    """The projections of one attention, and its heads."""
+    def places(self, like: Tensor, positions: Tensor) -> Any:
+        return positions
 
-    def __init__(self, attention: Any, layer_idx: int):
-        self.layer_idx = layer_idx
-        self.head_dim, self.is_grouped = attention.head_dim, attention.num_key_value_groups > 1
-        self.query, self.key = _function(attention.q_proj), _function(attention.k_proj)
-        self.value, self.out = _function(attention.v_proj), _function(attention.o_proj)
-
-    def heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, cache: Cache
-    ) -> torch.Tensor:
-        """Attention to all keys in the cache, the new ones included: (B, heads, T, head_dim)."""
-        keys, values = cache.update(keys, values, self.layer_idx)
-        bias = bias[..., : keys.shape[2]]
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=self.is_grouped)
+    def places_of_levels(self, like: Tensor, positions: Tensor) -> list[Any]:
+        return list(positions.split(1, dim=1))
 
 
-class _Mlp:
-    def __init__(self, mlp: Any):
-        self.gate, self.up, self.down = _function(mlp.gate_proj), _function(mlp.up_proj), _function(mlp.down_proj)
-        self.activation = mlp.act_fn
+class _Parts:
+    """Stands in for a module: it has the module's attributes, and plain functions by the names of its submodules."""
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.gate(hidden)) * self.up(hidden))
-
-
-class _SelfBlock:
-    def __init__(self, block: Any, layer_idx: int):
-        self.attention, self.mlp = _Attention(block.self_attn, layer_idx), _Mlp(block.mlp)
-        self.input_norm, self.mlp_norm = _function(block.input_layernorm), _function(block.post_attention_layernorm)
-
-    def __call__(self, hidden: torch.Tensor, scene: _Scene) -> torch.Tensor:
-        attention, normed = self.attention, self.input_norm(hidden)
-        queries = _rotate(attention.heads(attention.query(normed)), scene)
-        keys = _rotate(attention.heads(attention.key(normed)), scene)
-        values = attention.heads(attention.value(normed))
-        attended = attention.attend(queries, keys, values, scene.token_bias, scene.cache)
-        hidden = hidden + attention.out(attended.transpose(1, 2).flatten(2))
-        return hidden + self.mlp(self.mlp_norm(hidden))
+    def __init__(self, module: Any):
+        vars(self).update((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+        for name, child in module.named_children():
+            setattr(self, name, function_of(child))
+        for name in getattr(module, "fixed_in_decoding", ()):
+            setattr(self, name, getattr(module, name))
 
 
-class _CrossBlock:
-    def __init__(self, block: Any, layer_idx: int):
-        self.attention, self.mlp = _Attention(block.cross_attn, layer_idx), _Mlp(block.mlp)
-        self.query_norm, self.key_norm = _function(block.cross_attn.q_norm), _function(block.cross_attn.k_norm)
-        self.input_norm, self.mlp_norm = _function(block.input_layernorm), _function(block.post_attention_layernorm)
-        self.attention_gate = block.cross_attn_attn_gate.detach().tanh()
-        self.mlp_gate = block.cross_attn_mlp_gate.detach().tanh()
-
-    def __call__(self, hidden: torch.Tensor, scene: _Scene) -> torch.Tensor:
-        attention, features = self.attention, scene.features
-        queries = self.query_norm(attention.heads(attention.query(self.input_norm(hidden))))
-        keys = self.key_norm(attention.heads(attention.key(features)))
-        values = attention.heads(attention.value(features))
-        attended = attention.attend(queries, keys, values, scene.feature_bias, scene.cache)
-        hidden = torch.addcmul(hidden, self.attention_gate, attention.out(attended.transpose(1, 2).flatten(2)))
-        return torch.addcmul(hidden, self.mlp_gate, self.mlp(self.mlp_norm(hidden)))
-
-
-def _rotate(states: torch.Tensor, scene: _Scene) -> torch.Tensor:
-    """Rotary embedding of (B, heads, T, head_dim): dimension i pairs with i + head_dim / 2."""
-    return torch.addcmul(states * scene.cos, states.roll(states.shape[-1] // 2, dims=-1), scene.sin)
-
-
-def _function(module: nn.Module) -> Function:
-    """A module's computation as a plain function of its weights."""
-    if isinstance(module, nn.Linear):
+def function_of(module: Any) -> Any:
+    """What calling a module computes as a plain function of its weights; the module where it may do more than that."""
+    kind = type(module)
+    if kind is nn.ModuleList:
+        return [function_of(child) for child in module.children()]
+    if not _is_plain(module):
+        return module
+    if kind in COMPUTATIONS:
+        return partial(COMPUTATIONS[kind], _Parts(module))
+    if kind is nn.Linear:
         return partial(linear, weight=module.weight, bias=module.bias)
-    if isinstance(module, nn.RMSNorm):
-        if module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.float64):
-            size, eps = module.weight.numel(), module.eps
-            dtype = module.weight.dtype
-            floor = torch.tensor(math.sqrt(size * (torch.finfo(dtype).eps if eps is None else eps)), dtype=dtype)
-            return partial(_norm_on_cpu, weight=module.weight * math.sqrt(size), floor=floor)
-        return partial(rms_norm, normalized_shape=module.normalized_shape, weight=module.weight, eps=module.eps)
-    return module  # identity
+    if kind is nn.RMSNorm:
+        return _norm_of(module)
+    return module
 
 
-def _norm_on_cpu(hidden: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+def is_plain_throughout(drafter: DreamModel) -> bool:
+    """Whether all of a drafter's weights are in plain functions, so that its forward can be compiled without surprises."""
+    return type(drafter).forward is DreamModel.forward and all(
+        _is_plain(module) and (not hasattr(module, "weight") or type(module) in (nn.Linear, nn.RMSNorm))
+        for module in drafter.modules()
+    )
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether calling a module does what its class says, and attention is PyTorch's own."""
+    is_replaced = bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
+    is_attention = isinstance(module, DreamSelfAttention | DreamCrossAttention)
+    return not is_replaced and not (is_attention and module.implementation != "sdpa")
+
+
+def _norm_of(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
+    weight, eps = norm.weight, norm.eps
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return partial(rms_norm, normalized_shape=norm.normalized_shape, weight=weight, eps=eps)
+    size, dtype = weight.numel(), weight.dtype
+    floor = torch.tensor(math.sqrt(size * (torch.finfo(dtype).eps if eps is None else eps)), dtype=dtype)
+    return partial(_norm_on_cpu, weight=weight * math.sqrt(size), floor=floor)
+
+
+def _norm_on_cpu(hidden: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
     """RMS norm in half the time of PyTorch's, which has no kernel of its own there.
 
     With n entries, `weight` is sqrt(n) times the norm's and `floor` is sqrt(n * eps).
     """
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
     return hidden / torch.hypot(length, floor) * weight
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says, and linear layers are PyTorch's own."""
-    is_replaced = bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
-    is_adapted = hasattr(module, "weight") and type(module) not in (nn.Linear, nn.RMSNorm)
-    return not is_replaced and not is_adapted

@@ -1,30 +1,32 @@
 """The drafter: an initial block, a cross-attention block that reads the target's features, a final block.
 
-Shapes in this file: B rows, T new tokens, S new features, H `hidden_size`; K and F are the tokens and the features that
-the self-attention and the cross-attention can see, those in the cache included.
+The modules hold the weights, under the names they are saved by; what they compute is in `blocks`. Shapes in this file: B
+rows, T new tokens, S new features, H `hidden_size`; K and F are the tokens and the features that the self-attention and the
+cross-attention can see, those in the cache included.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
 from ..pretrained import StrictPreTrainedModel
-from ..visibility import DraftMasks, FromStart, Visibility, text_visibilities
+from ..visibility import DraftMasks, Visibilities, Visibility, text_visibilities
+from .blocks import (
+    Angles,
+    cross_attention,
+    cross_attention_block,
+    rotary_angles,
+    run_blocks,
+    self_attention,
+    self_attention_block,
+)
 from .configuration import DreamConfig
 
 
@@ -53,6 +55,8 @@ class DreamDrafterOutput(ModelOutput):
 class DreamCrossAttention(nn.Module):
     """Attention of tokens to features: per-head RMS norm on queries and keys, no rotary embedding (paper, section 3.1)."""
 
+    fixed_in_decoding = ("implementation",)
+
     def __init__(self, config: DreamConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -72,6 +76,11 @@ class DreamCrossAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
+    @property
+    def implementation(self) -> str | None:
+        """The attention function's name in transformers."""
+        return self.config._attn_implementation
+
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, T, H)
@@ -79,49 +88,34 @@ class DreamCrossAttention(nn.Module):
         seen: Visibility,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        queries = self.q_norm(self._heads(self.q_proj(hidden_states)))
-        keys = self.k_norm(self._heads(self.k_proj(features)))
-        values = self._heads(self.v_proj(features))
-        keys, values = _remember(keys, values, seen, past_key_values, self.layer_idx)
-        attended = attend(self, queries, keys, values, seen, self._unseen(values))
-        return self.o_proj(attended.flatten(2))
-
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _unseen(self, values: torch.Tensor) -> torch.Tensor:
-        """For a query without a visible feature: zeros, or the published code's uniform average.
-
-        (B, heads, 1, head_dim), or what expands to it.
-        """
-        if not self.config.legacy or not values.shape[2]:
-            return values.new_zeros(1, 1, 1, 1)
-        return values.mean(2, keepdim=True).repeat_interleave(self.num_key_value_groups, dim=1)
+        return cross_attention(self, hidden_states, features, seen, past_key_values)
 
 
 class DreamSelfAttention(LlamaAttention):
     """Llama's attention, told who sees what."""
 
+    fixed_in_decoding = ("implementation",)
+
+    @property
+    def implementation(self) -> str | None:
+        """The attention function's name in transformers."""
+        return self.config._attn_implementation
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,  # (B, T, H)
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # (B, T, head_dim) each
         seen: Visibility,
+        angles: Angles,  # (B, 1, T, head_dim) each
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        queries, keys, values = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
-        keys, values = _remember(keys, values, seen, past_key_values, self.layer_idx)
-        return self.o_proj(attend(self, queries, keys, values, seen).flatten(2))
+        return self_attention(self, hidden_states, seen, angles, past_key_values)
 
 
 class DreamCrossAttentionBlock(GradientCheckpointingLayer):
     """Cross-attention and an MLP, each behind a tanh gate that starts closed."""
 
     _can_checkpoint_with_cache = True  # training has one kind of cache, which takes a repeated update
+    fixed_in_decoding = ("gates",)
 
     def __init__(self, config: DreamConfig, layer_idx: int):
         super().__init__()
@@ -132,11 +126,13 @@ class DreamCrossAttentionBlock(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, features, seen, position_embeddings, past_key_values=None) -> torch.Tensor:
-        attended = self.cross_attn(self.input_layernorm(hidden_states), features, seen.features, past_key_values)
-        hidden_states = hidden_states + self.cross_attn_attn_gate.tanh() * attended
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.cross_attn_mlp_gate.tanh() * transformed
+    @property
+    def gates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far the gates of the attention and of the MLP are open, (1,) each."""
+        return self.cross_attn_attn_gate.tanh(), self.cross_attn_mlp_gate.tanh()
+
+    def forward(self, hidden_states, features, seen, angles, past_key_values=None) -> torch.Tensor:
+        return cross_attention_block(self, hidden_states, features, seen, angles, past_key_values)
 
 
 class DreamSelfAttentionBlock(GradientCheckpointingLayer):
@@ -153,12 +149,8 @@ class DreamSelfAttentionBlock(GradientCheckpointingLayer):
         )
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, features, seen, position_embeddings, past_key_values=None) -> torch.Tensor:
-        attended = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, seen.tokens, past_key_values
-        )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(self, hidden_states, features, seen, angles, past_key_values=None) -> torch.Tensor:
+        return self_attention_block(self, hidden_states, features, seen, angles, past_key_values)
 
 
 class DreamPreTrainedModel(StrictPreTrainedModel):
@@ -230,27 +222,15 @@ class DreamModel(DreamPreTrainedModel):
             ValueError: Widths that are not `config.hidden_size`, or S that does not fit T.
         """
         self._check_inputs(inputs_embeds, target_features)
-        past_tokens, past_features = self._cached_lengths(past_key_values)
-        if isinstance(attention_mask, DraftMasks):
-            seen = attention_mask.visibilities()
-        else:
-            num_tokens, num_features = inputs_embeds.shape[1], target_features.shape[1]
-            seen = text_visibilities(
-                attention_mask, num_tokens, num_features, past_tokens, past_features, inputs_embeds.device
-            )
+        seen = self._visibilities(inputs_embeds, target_features, attention_mask, past_key_values)
         if position_ids is None:
-            position_ids = _count_positions(attention_mask, inputs_embeds, past_tokens)
-
+            position_ids = _count_positions(attention_mask, inputs_embeds, self._cached_lengths(past_key_values)[0])
         hidden_states = self.input_norm(inputs_embeds)
-        features = self.feature_norm(target_features)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        mid_hidden_state = hidden_states
-        for block in self.layers:
-            mid_hidden_state = hidden_states
-            hidden_states = block(hidden_states, features, seen, position_embeddings, past_key_values=past_key_values)
+        angles = rotary_angles(self.rotary_emb, hidden_states, position_ids)
+        last, mid = run_blocks(self, hidden_states, target_features, seen, angles, past_key_values)
         return DreamDrafterOutput(
-            last_hidden_state=self.norm(hidden_states),
-            mid_hidden_state=mid_hidden_state,
+            last_hidden_state=last,  # type: ignore[arg-type]
+            mid_hidden_state=mid,  # type: ignore[arg-type]
             cache=past_key_values,
         )
 
@@ -262,6 +242,20 @@ class DreamModel(DreamPreTrainedModel):
                     f"{self.config.hidden_size}). Was it trained for another target?"
                 )
 
+    def _visibilities(
+        self,
+        inputs_embeds: torch.Tensor,
+        target_features: torch.Tensor,
+        attention_mask: torch.Tensor | DraftMasks | None,
+        past_key_values: Cache | None,
+    ) -> Visibilities:
+        if isinstance(attention_mask, DraftMasks):
+            return attention_mask.visibilities()
+        num_new = inputs_embeds.shape[1], target_features.shape[1]
+        return text_visibilities(
+            attention_mask, *num_new, *self._cached_lengths(past_key_values), inputs_embeds.device
+        )
+
     def _cached_lengths(self, past_key_values: Cache | None) -> tuple[int, int]:
         """How many tokens and features the cache holds."""
         if past_key_values is None:
@@ -270,50 +264,6 @@ class DreamModel(DreamPreTrainedModel):
         for index, block_type in enumerate(self.config.block_types):
             lengths["features" if block_type == "cross" else "tokens"] = past_key_values.get_seq_length(index)
         return lengths["tokens"], lengths["features"]
-
-
-def attend(
-    module: Any,
-    queries: torch.Tensor,  # (B, heads, T, head_dim)
-    keys: torch.Tensor,  # (B, key_value_heads, K, head_dim)
-    values: torch.Tensor,  # (B, key_value_heads, K, head_dim)
-    seen: Visibility,
-    unseen: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of a module of the drafter, (B, T, heads, head_dim); queries that see nothing get `unseen`.
-
-    PyTorch's own takes as little memory as the visibility allows, all others take masks.
-    """
-    dropout = module.attention_dropout if module.training else 0.0
-    implementation = module.config._attn_implementation
-    if implementation == "sdpa":
-        return seen.attend(queries, keys, values, unseen, module.scaling, dropout).transpose(1, 2)
-    mask = seen.mask(queries.shape[2], keys.shape[2], queries.device).unsqueeze(1)
-    # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
-    sees_something = mask.any(-1, keepdim=True)
-    bias = attention_bias(mask | ~sees_something, queries.dtype, implementation)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    attended, _ = function(module, queries, keys, values, bias, dropout=dropout, scaling=module.scaling)
-    return (
-        attended if unseen is None else torch.where(sees_something.transpose(1, 2), attended, unseen.transpose(1, 2))
-    )
-
-
-def _remember(
-    keys: torch.Tensor, values: torch.Tensor, seen: Visibility, past_key_values: Cache | None, layer_idx: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put keys and values into the cache; returns all that a query may see."""
-    if past_key_values is None:
-        return keys, values
-    shown = past_key_values.update(keys, values, layer_idx)
-    return (keys, values) if isinstance(seen, FromStart) else shown  # buffers may have room behind a first text
-
-
-def attention_bias(mask: torch.Tensor, dtype: torch.dtype, attn_implementation: str | None) -> torch.Tensor:
-    """A boolean mask in the form an attention function takes: eager adds it to the scores, the others read booleans."""
-    if attn_implementation != "eager":
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _count_positions(

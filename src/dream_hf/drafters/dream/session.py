@@ -12,7 +12,7 @@ from ..levels import TargetHead
 from ..pending import PendingTokens
 from .compression import compress_text
 from .modeling import DreamModel
-from .state import DrafterState, DreamLevels, make_drafter_state
+from .state import DrafterState, DreamLevels
 
 
 class DreamSession(DraftSession):
@@ -51,10 +51,7 @@ class DreamSession(DraftSession):
             self._catch_up()
             return self.state, self.pending
         batch_size = prefill.first_tokens.shape[0]
-        return (
-            make_drafter_state(self.drafter, batch_size, prefill.compilation, self.settings),
-            PendingTokens(),
-        )
+        return DrafterState(self.drafter, batch_size, self.settings, prefill.compilation), PendingTokens()
 
     def _read_prompt(self, prefill: Prefill) -> None:
         """Read the prompt, without the visual tokens the target hardly attends to, and the first token behind it."""
