@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.benchmark.measure import synchronize
-from dream_hf.drafters.vocabulary import reduced_head
+from dream_hf.targets.reduced_head import reduced_head
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .phases import CACHE_WORK, phase
+
 MIN_SPARE_SLOTS = 64
 # Layers a tree can be taken back from. Layers that only read other layers' keys have had a type since transformers 5.23.
 SUPPORTED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
@@ -93,9 +95,10 @@ class SlotLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         num_new = key_states.shape[-2]
-        self._reserve(num_new)
-        self._write(self.keys, key_states)
-        self._write(self.values, value_states)
+        with phase(CACHE_WORK):
+            self._reserve(num_new)
+            self._write(self.keys, key_states)
+            self._write(self.values, value_states)
         visible = slice(self.first_visible - self.dropped, self.slots.end + num_new - self.dropped)
         return self.keys[:, :, visible], self.values[:, :, visible]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from ..runner import Settings
 from ..tasks import Prompt
 from .choice import Forecast, Shape, Space, StepCosts, Trace, pick_finalists, rank_shapes
 from .costs import Point, measure_costs, time_points
+from .journal import Journal
 from .store import machine_name
 from .traces import trace_answer
 
@@ -37,6 +40,7 @@ def tune(
     settings: Settings | None = None,
     space: Space | None = None,
     date: str | None = None,
+    output: str | Path | None = None,
 ) -> dict[str, Any]:
     """Find the settings of a drafter that give most tokens per second on this machine, one prompt at a time.
 
@@ -47,18 +51,21 @@ def tune(
     Args:
         target (`PreTrainedModel`): The target.
         processor: Its processor.
-        drafter (`DreamDrafter`): The drafter; its config is as before on return, see [`apply_tuning`].
+        drafter (`DreamDrafter`): The drafter; not changed, see [`apply_tuning`].
         prompts (`Sequence[Prompt]`): From [`load_prompts`]; a few of each kind to come.
         settings (`Settings`, *optional*): Temperatures, all of which count alike, longest answer, seed.
         space (`Space`, *optional*): Shapes to choose from.
         date (`str`, *optional*): For the result; today's by default.
+        output (`str` or `Path`, *optional*): Folder that keeps what has been measured, in `tuning/`: a stopped tuning goes on
+            when it is started again with the same arguments.
 
     Returns:
         `dict`: `machine`; `settings` for the drafter's config; `speeds` measured with them; `measured`, what ran end to end;
         `predicted`, the best shapes by forecast; `costs` of a step's parts; `provenance`.
 
     Raises:
-        ValueError: No prompts, a value out of range, or answers too short to time anything.
+        ValueError: No prompts, a value out of range, answers too short to time anything, or an `output` begun with other
+            arguments.
     """
     settings, space = settings or Settings(), _fitting(space or Space(), drafter)
     settings.check()
@@ -69,19 +76,20 @@ def tune(
     encoder = PromptEncoder(processor)
     inputs = [encoder.encode([(prompt.messages, prompt.images)]) for prompt in prompts]
     timed = inputs[:: max(len(inputs) // NUM_TIMED, 1)][:NUM_TIMED]
-    draft_threads = _pick_draft_threads(target, drafter, timed)
-    costs = measure_costs(target, drafter, timed, space, draft_threads)
-    traces = _trace(target, drafter, inputs, settings, space)
+    provenance = describe_run(target, drafter, date=date)
+    journal = _journal(output, provenance, prompts, settings, space)
+    draft_threads = _pick_draft_threads(target, drafter, timed, journal)
+    costs = measure_costs(target, drafter, timed, space, draft_threads, journal)
+    traces = _trace(target, drafter, inputs, settings, space, journal)
     ranking = rank_shapes(space, traces, costs)
     shapes = pick_finalists(ranking, *NUM_FINALISTS)
     current = _current_shape(drafter)
     points = [Point(None), *(Point(shape, draft_threads) for shape in dict.fromkeys([current, *shapes]))]
-    measured = _summarize(_run_finalists(target, drafter, inputs, settings, points))
+    measured = _summarize(_run_finalists(target, drafter, inputs, settings, points, journal))
     best = min((row for row in measured if row["settings"]), key=lambda row: row["ms_per_token"])
     plain = measured[0]
     if best["ms_per_token"] >= plain["ms_per_token"]:
         logger.warning("Plain decoding was faster than every tree. With `pause_below` the drafter will mostly rest.")
-    provenance = describe_run(target, drafter, date=date)
     return {
         "machine": machine_name(provenance["machine"]),
         "settings": {**best["settings"], "pause_below": round(best["step_ms"] / plain["step_ms"], 2)},
@@ -93,6 +101,23 @@ def tune(
     }
 
 
+def _journal(
+    output: str | Path | None,
+    provenance: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    space: Space,
+) -> Journal:
+    """Keeps what is measured, if there is a folder for it."""
+    if output is None:
+        return Journal()
+    identity = {name: provenance[name] for name in ("machine", "target", "drafter", "versions")}
+    asked = [(prompt.task, prompt.index) for prompt in prompts]
+    return Journal(
+        Path(output).expanduser(), {**asdict(settings), "space": asdict(space), **identity, "prompts": asked}
+    )
+
+
 def _fitting(space: Space, drafter: DreamDrafter) -> Space:
     """The space without more beams than there are tokens to draft."""
     config = drafter.config
@@ -101,53 +126,66 @@ def _fitting(space: Space, drafter: DreamDrafter) -> Space:
 
 
 def _current_shape(drafter: DreamDrafter) -> Shape:
-    names = Shape.__dataclass_fields__
-    return Shape(**{name: getattr(drafter.config, name) for name in names})
+    return Shape(**{name: getattr(drafter.settings, name) for name in Shape.__dataclass_fields__})
 
 
-def _pick_draft_threads(target: Any, drafter: DreamDrafter, timed: Sequence[Inputs]) -> int | None:
+def _pick_draft_threads(target: Any, drafter: DreamDrafter, timed: Sequence[Inputs], journal: Journal) -> int | None:
     """On a CPU, whether one thread drafts faster than all; the drafter's own setting elsewhere."""
-    own = drafter.config.draft_threads
+    own = drafter.settings.draft_threads
     if target.device.type != "cpu" or torch.get_num_threads() == 1:
         return own
     points = [Point(_current_shape(drafter), threads) for threads in dict.fromkeys([own, None, 1])]
-    seconds = time_points(target, drafter, timed, points, "threads")
+    seconds = time_points(target, drafter, timed, points, "threads", journal)
     return min(points, key=seconds.__getitem__).draft_threads
 
 
 def _trace(
-    target: Any, drafter: DreamDrafter, inputs: Sequence[Inputs], settings: Settings, space: Space
+    target: Any, drafter: DreamDrafter, inputs: Sequence[Inputs], settings: Settings, space: Space, journal: Journal
 ) -> dict[int, list[Trace]]:
     """Traces of all answers at all temperatures, by top-k."""
     traces: dict[int, list[Trace]] = {top_k: [] for top_k in space.top_ks}
     rounds = [(temperature, index) for temperature in settings.temperatures for index in range(len(inputs))]
-    for temperature, index in tqdm(rounds, desc="acceptance", unit="prompt"):
+
+    def trace(temperature: float, index: int) -> dict[int, Trace] | None:
         torch.manual_seed(settings.seed + index)
-        found = trace_answer(target, drafter, inputs[index], temperature, settings.max_new_tokens, space)
-        for top_k, trace in (found or {}).items():
-            traces[top_k].append(trace)
+        return trace_answer(target, drafter, inputs[index], temperature, settings.max_new_tokens, space)
+
+    for turn, each in enumerate(tqdm(rounds, desc="acceptance", unit="prompt")):
+        found = journal.traces_once(f"trace {turn}", partial(trace, *each))
+        for top_k, one in (found or {}).items():
+            traces[top_k].append(one)
     if not any(traces.values()):
         raise ValueError("`prompts`: all answers are of a single token; use prompts with longer answers.")
     return traces
 
 
 def _run_finalists(
-    target: Any, drafter: DreamDrafter, inputs: Sequence[Inputs], settings: Settings, points: Sequence[Point]
+    target: Any,
+    drafter: DreamDrafter,
+    inputs: Sequence[Inputs],
+    settings: Settings,
+    points: Sequence[Point],
+    journal: Journal,
 ) -> dict[Point, list[Measurement]]:
     """Whole answers, all ways of decoding on one prompt before the next, in an order that rotates."""
-    runs: dict[Point, list[Measurement]] = {point: [] for point in points}
     rounds = [(temperature, index) for index in range(len(inputs)) for temperature in settings.temperatures]
+    found: list[list[Measurement]] = []
     with tqdm(total=len(rounds) * len(points), desc="finalists", unit="run") as progress:
-        for turn, (temperature, index) in enumerate(rounds):
+
+        def run_all(turn: int) -> list[dict[str, Any]]:
+            (temperature, index), runs = rounds[turn], {}
             for place in range(len(points)):
-                point = points[(place + turn) % len(points)]
+                at = (place + turn) % len(points)
                 torch.manual_seed(settings.seed + index)
-                with point.method(drafter).ready(
-                    target, inputs[index], temperature, settings.max_new_tokens
-                ) as arguments:
-                    runs[point].append(measure(target, inputs[index], arguments))
+                arguments = points[at].method(drafter).ready(temperature, settings.max_new_tokens)
+                runs[at] = measure(target, inputs[index], arguments).to_dict()
                 progress.update()
-    return runs
+            return [runs[at] for at in range(len(points))]
+
+        for turn in range(len(rounds)):
+            runs = journal.once(f"finalists {turn}", partial(run_all, turn))
+            found.append([Measurement.from_dict(run) for run in runs])
+    return {point: list(runs) for point, runs in zip(points, zip(*found, strict=True), strict=True)}
 
 
 def _summarize(runs: Mapping[Point, Sequence[Measurement]]) -> list[dict[str, Any]]:

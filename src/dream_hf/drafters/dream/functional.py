@@ -29,7 +29,7 @@ def lean_drafter(drafter: DreamModel) -> LeanDrafter | None:
 
     That is one with hooks, adapters or quantised weights, one in training, and one with another attention than `"sdpa"`.
     """
-    is_plain = type(drafter) is DreamModel and all(_is_plain(module) for module in drafter.modules())
+    is_plain = type(drafter).forward is DreamModel.forward and all(_is_plain(module) for module in drafter.modules())
     if not is_plain or drafter.training or drafter.config._attn_implementation != "sdpa":
         return None
     return LeanDrafter(drafter)

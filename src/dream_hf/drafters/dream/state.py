@@ -19,6 +19,7 @@ from ...decoding.settings import DraftSettings
 from ...runtime.compilation import Settings as CompileSettings
 from ...runtime.compilation import compiled_function
 from ...runtime.kv_cache import Slots, slot_cache
+from ...runtime.phases import DRAFTER, phase
 from ...runtime.static_kv_cache import StaticSlotLayer, StaticSlots, static_cache
 from ...runtime.threads import cpu_threads
 from ..levels import Beams, SlotLevel, TargetHead, first_level, next_level
@@ -63,7 +64,7 @@ class DrafterState:
         positions = positions.to(device)
         num_missing = embeds.shape[1] - features.shape[1]
         is_prompt = not self.features.longest  # many tokens: as many threads as there are
-        with cpu_threads(None if is_prompt else self.settings.draft_threads):
+        with phase(DRAFTER), cpu_threads(None if is_prompt else self.settings.draft_threads):
             if self.tokens.longest:
                 hidden = self._read_behind(embeds, features, positions)
             else:
@@ -148,8 +149,9 @@ class DrafterState:
 
     def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> SlotLevel:
         """Run the beams at a depth, tentatively, and find `top_k` children of each."""
-        embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
-        return next_level(head, beams, self.beams(embeds, beams.features, beams.sees, depth), top_k)
+        with phase(DRAFTER):
+            embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
+            return next_level(head, beams, self.beams(embeds, beams.features, beams.sees, depth), top_k)
 
     def extend(self, num_beams: int) -> None:
         """Take note that a level has been written to the tentative slots."""
@@ -249,7 +251,8 @@ class CompiledDrafterState(DrafterState):
         return super().reserve(num_new)
 
     def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> SlotLevel:
-        level = self._compiled_level(head, beams, depth, top_k)
+        with phase(DRAFTER):
+            level = self._compiled_level(head, beams, depth, top_k)
         self.extend(beams.tokens.shape[1])
         if beams.features.device.type == "cpu":
             return level
@@ -307,9 +310,9 @@ class DreamLevels:
         state = self.state
         assert state.root_features is not None  # something has been read
         num_columns = state.reserve(num_levels * top_k)
-        return first_level(
-            self.head, state.root_features, state.tokens.tensor(state.drafter.device), num_columns, top_k
-        )
+        lengths = state.tokens.tensor(state.drafter.device)
+        with phase(DRAFTER):
+            return first_level(self.head, state.root_features, lengths, num_columns, top_k)
 
     def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
         """Run the best nodes of a level at `places`, tentatively, and find `top_k` children of each."""
