@@ -53,6 +53,8 @@ class DreamSession(DraftSession):
         """An empty state, or that of an earlier turn brought up to date."""
         if isinstance(prefill.earlier, DreamSession) and prefill.earlier.drafter is self.drafter:
             self.state, self.pending = prefill.earlier.state, prefill.earlier.pending
+            self.state.settings = self.settings
+            self.state.leave_inference_mode()
             self._catch_up()
             return self.state, self.pending
         batch_size = prefill.first_tokens.shape[0]
@@ -94,7 +96,7 @@ def borrow_head(drafter: DreamModel, prefill: Prefill) -> TargetHead:
     assert prefill.embeds is not None and prefill.features is not None
     target, embed_device = prefill.target, prefill.embeds.device
     device, dtype = prefill.features.device, prefill.features.dtype
-    draft_logits = target.draft_logits(drafter, drafter.draft_token_ids)
+    draft_logits = target.draft_logits(drafter)
     return TargetHead(
         embed=lambda token_ids: target.embed(token_ids.to(embed_device)),
         logits=lambda features: draft_logits(features.to(device, dtype)),
