@@ -167,6 +167,7 @@ class _SamplingSession(DraftSession):
 
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         if self.num_drafts % self.sampling.every == 0:
+            self.inner.levels()  # reads what the last step gained, which waits outside the cache until then
             self.sampling.samples.append(
                 {
                     "generated": 1 + max(self.generated, default=0),

@@ -266,7 +266,7 @@ GROWTH_RUN = [
     "--generated",
     "90",
     "--samples",
-    "3",
+    "5",  # the last one where the room for tokens, which doubles, is nearly filled
     "--tree",
     "4/2/8",
 ]
