@@ -79,7 +79,7 @@ def time_points(
             for turn, (name, inputs) in enumerate(zip(names, prompts, strict=True), start=1)
         ]
     times = {point: [value for seconds in rounds for value in seconds[index]] for index, point in enumerate(points)}
-    silent = [str(point.shape) for point, seconds in times.items() if not seconds]
+    silent = [str(point.shape or "plain") for point, seconds in times.items() if not seconds]
     if silent:
         raise ValueError(
             f"`prompts`: their answers are over before a step of {silent} could be timed; use prompts with longer answers."
