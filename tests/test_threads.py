@@ -80,8 +80,9 @@ def test_the_drafter_runs_on_draft_threads_and_the_target_does_not(three_threads
     inputs = family("llama").make_inputs(target, 1)
     seen = {"prompt": set(), "drafter": set(), "target": set()}
     for name in ("_forward", "_read_start"):  # what runs the drafter
+        forward = getattr(DrafterState, name)
 
-        def watched(state, *args, forward=getattr(DrafterState, name), **kwargs):
+        def watched(state, *args, forward=forward, **kwargs):
             seen["drafter" if state.features.longest else "prompt"].add(torch.get_num_threads())
             return forward(state, *args, **kwargs)
 
