@@ -27,7 +27,8 @@ Angles = tuple[torch.Tensor, torch.Tensor]  # cosines, and sines with a negative
 def lean_drafter(drafter: DreamModel) -> LeanDrafter | None:
     """The lean form of a drafter, or None for one that only its modules can run.
 
-    That is one with hooks, adapters or quantised weights, one in training, and one with another attention than `"sdpa"`.
+    That is one with a forward of its own, with hooks, adapters or quantised weights, one in training, and one with another
+    attention than `"sdpa"`.
     """
     is_plain = type(drafter).forward is DreamModel.forward and all(_is_plain(module) for module in drafter.modules())
     if not is_plain or drafter.training or drafter.config._attn_implementation != "sdpa":
