@@ -7,6 +7,7 @@ import json
 import warnings
 from dataclasses import replace
 from itertools import pairwise
+from threading import Thread
 
 import datasets
 import numpy as np
@@ -803,3 +804,29 @@ def test_torch_is_deterministic_across_methods_at_a_temperature(target, drafter,
     ]
     assert tokens[0] == tokens[1] and results[0]["rows"][0]["match_rate"] is None
     assert torch.is_grad_enabled()
+
+
+def test_other_threads_decode_as_ever_while_methods_are_measured(target, drafter):
+    """A benchmark changes nothing that a call elsewhere could see, in the very middle of its own."""
+    inputs, seen = encoded(prompts(1)[0]), []
+    before = drafter.config.to_dict()
+
+    class Looking(DrafterAround):
+        def start(self, prefill, settings):
+            assert settings.tree_depth == 1 and drafter.config.to_dict() == before
+            threads = [
+                Thread(target=lambda: seen.append(target.generate(**inputs, **GENERATE, assistant_model=drafter)))
+            ]
+            with clocked_by(PhaseClock(torch.device("cpu"))):
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            return super().start(prefill, settings)
+
+    method = make_methods(["dream_tree"], target, drafter, trees=[(1, 1, 1)], with_blind=True)[2]
+    expected = target.generate(**inputs, **GENERATE, assistant_model=drafter)
+    arguments = method.ready(0.0, 10)
+    measure(target, inputs, {**arguments, "assistant_model": Looking(arguments["assistant_model"])})
+    assert torch.equal(seen[0].accepted_lengths, expected.accepted_lengths)
+    assert torch.equal(seen[0].sequences, expected.sequences)
