@@ -814,14 +814,10 @@ def test_other_threads_decode_as_ever_while_methods_are_measured(target, drafter
     class Looking(DrafterAround):
         def start(self, prefill, settings):
             assert settings.tree_depth == 1 and drafter.config.to_dict() == before
-            threads = [
-                Thread(target=lambda: seen.append(target.generate(**inputs, **GENERATE, assistant_model=drafter)))
-            ]
+            other = Thread(target=lambda: seen.append(target.generate(**inputs, **GENERATE, assistant_model=drafter)))
             with clocked_by(PhaseClock(torch.device("cpu"))):
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
+                other.start()
+                other.join()
             return super().start(prefill, settings)
 
     method = make_methods(["dream_tree"], target, drafter, trees=[(1, 1, 1)], with_blind=True)[2]
