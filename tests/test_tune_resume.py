@@ -13,7 +13,7 @@ from tiny_pair import save_pair, tiny_drafter, tiny_processor, tiny_target
 
 from dream_hf.benchmark import Settings, Space, load_prompts, tune
 from dream_hf.benchmark.tuning import costs as tune_costs
-from dream_hf.benchmark.tuning import tuner
+from dream_hf.benchmark.tuning import rounds, tuner
 from dream_hf.benchmark.tuning.choice import Trace
 from dream_hf.benchmark.tuning.journal import FOLDER, ROUNDS, Journal
 from dream_hf.cli import main
@@ -49,7 +49,7 @@ def killer(monkeypatch):
     monkeypatch.setattr(tune_costs, "STEPS_PER_RUN", 3)
     monkeypatch.setattr(tuner, "Space", lambda **given: Space(**{**vars(SMALL), **given}))
     killer = Killer()
-    for module, name in ((tune_costs, "step_seconds"), (tuner, "trace_answer"), (tuner, "measure")):
+    for module, name in ((tune_costs, "step_seconds"), (rounds, "trace_answer"), (rounds, "measure")):
         monkeypatch.setattr(module, name, partial(killer.call, name, getattr(module, name)))
     yield killer
     torch.set_num_threads(num_threads)
@@ -81,7 +81,7 @@ def test_a_killed_tuning_goes_on(pair, killer, tmp_path):
     with pytest.raises(Killed):
         run(pair, tmp_path)
     assert killer.calls.count("step_seconds") == 4 * num_points + 1 and killer.calls.count("trace_answer") == 3
-    killer.left = 1 + 7  # the last trace, and part of the finalists
+    killer.left = 1 + 20  # the last trace, the warm-up and a round or more of the finalists
     with pytest.raises(Killed):
         run(pair, tmp_path)
     killer.left = 10**9
@@ -89,7 +89,8 @@ def test_a_killed_tuning_goes_on(pair, killer, tmp_path):
     num_ways = len(report["measured"])
     assert killer.calls.count("trace_answer") == counts["trace_answer"] == 4
     assert killer.calls.count("step_seconds") == 4 * num_points + 1
-    assert killer.calls.count("measure") == 4 * num_ways + 7 % num_ways  # the round that was cut off is run anew
+    num_missing = 4 - (20 - num_ways) // num_ways  # the round that was cut off is run anew
+    assert killer.calls.count("measure") == 20 + num_ways + num_missing * num_ways
     assert report.keys() == whole.keys() and json.loads(json.dumps(report))["measured"][0]["tau"] == 1
     killer.left = 0
     assert run(pair, tmp_path) == report

@@ -36,6 +36,7 @@ class Journal:
             begin_folder(self.folder, settings or {})
             cut_unfinished_line(self.folder / ROUNDS)
             self.found = {entry["name"]: entry["value"] for _, entry in entries(self.folder / ROUNDS)}
+        self.is_resumed = bool(self.found)
 
     def __contains__(self, name: str) -> bool:
         return name in self.found
