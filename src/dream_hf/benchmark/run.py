@@ -11,12 +11,11 @@ from transformers.utils import logging
 from ..data.prompts import PromptEncoder
 from ..drafters.dream.drafter import DreamDrafter
 from .methods import Method
-from .phases import profile_steps
 from .plots import write_plots
+from .profiling import profile_steps, time_shares
 from .provenance import describe_run
 from .report import make_rows, write_results
 from .runner import Settings, collect
-from .shares import time_shares
 from .tasks import Prompt
 
 logger = logging.get_logger(__name__)

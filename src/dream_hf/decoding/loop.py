@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 
 from ..compat import CACHE, cache_of
-from ..runtime.phases import ACCEPTANCE, PREFILL, STEP, phase
+from ..runtime.phases import ACCEPTANCE, PREFILL, STEP, TARGET, phase
 from ..targets.target import Target, sliding_windows
 from .draft_schedule import DraftSchedule
 from .drafter import Drafter, DraftSession, Verified
@@ -149,9 +149,10 @@ class _Decoding:
         with watching_prompt(self.target, self.drafter, self.forward.record, prompt_ids, past_length) as watch:
             config = copy(self.config)
             config.compile_config = None  # it is for the forwards that follow
-            outputs = self.target.model._prefill(
-                prompt_ids, config, kwargs, is_first_iteration=not config.is_assistant
-            )
+            with phase(TARGET):
+                outputs = self.target.model._prefill(
+                    prompt_ids, config, kwargs, is_first_iteration=not config.is_assistant
+                )
         self.cache = cache_of(outputs)
         check_cache(self.cache)
         logits = outputs.logits[:, -1]
