@@ -34,7 +34,7 @@ import dream_hf
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.drafters.checkpoint_files import DamagedFileError
 from dream_hf.drafters.dream.conversion import convert_checkpoint
-from dream_hf.drafters.push import push_drafter
+from dream_hf.hub import push_drafter
 
 REPO = "org/dream-tiny"
 

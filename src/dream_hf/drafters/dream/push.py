@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..hub.downloads import HUB_ERRORS, explain_upload
-from ..hub.publishing import collect_files, commit_files, create_repo
-from .checkpoint_files import check_shapes, load_config, open_checkpoint
-from .dream.configuration import DreamConfig
-from .dream.drafter import DreamDrafter
+from ...hub.downloads import HUB_ERRORS, explain_upload
+from ...hub.publishing import collect_files, commit_files, create_repo
+from ..checkpoint_files import check_shapes, load_config, open_checkpoint
+from .configuration import DreamConfig
+from .drafter import DreamDrafter
 
 
 @dataclass(frozen=True)
