@@ -67,8 +67,7 @@ def regenerate(
 
     Turns are answered in order, each after the answers already regenerated; a row that ends with a user message gets an
     answer behind it. A stopped run goes on where it was when it is started again, and a complete one where the rows have
-    become more: those there were keep their answers. Under `accelerate launch` the processes share out the rows; their
-    number may change between starts.
+    become more: those there were keep their answers. Processes (`accelerate launch`, any number) share out the rows.
 
     Args:
         target (`PreTrainedModel`): The target.
@@ -89,13 +88,13 @@ def regenerate(
     """
     _check(batch_size=batch_size, max_new_tokens=max_new_tokens, max_rows=max_rows, temperature=temperature)
     source, num_rows = _open(rows, split, max_rows)
-    asked = {
+    settings = {
+        **_identity(target, source.rows),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "prompt_suffix": prompt_suffix,
         "seed": seed,
     }
-    settings = _identity(target, source.rows) | asked
     state = PartialState(cpu=target.device.type == "cpu")
     with state.main_process_first():
         store = AnswerStore(output, settings, partial(_digest_of, source.rows), num_rows, state.process_index)
