@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.benchmark.measure import synchronize
-from dream_hf.drafters.vocabulary import reduced_head
+from dream_hf.targets.reduced_head import reduced_head
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def measure(dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each part in one dtype, and what the rows take."""
     head = random_head(dtype, options)
     drafter = random_drafter(dtype, options)
-    reduced = reduced_head(head, drafter)
+    reduced = reduced_head(head, drafter.draft_token_ids, drafter)
     hidden = torch.randn(1, options.beams, options.width, device=options.device, dtype=dtype)
     ids = drafter.draft_token_ids
 
@@ -62,7 +62,7 @@ def measure(dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
         "head": whole_level,
         "reduced_head": reduced_level,
         "drafter_blocks": lambda: drafter(hidden, hidden[:, :-1]),
-        "taking_rows": lambda: reduced_head(head, drafter),
+        "taking_rows": lambda: reduced_head(head, drafter.draft_token_ids, drafter),
     }
     milliseconds = time_in_turns(parts, options)
     level = milliseconds["head"] + milliseconds["drafter_blocks"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dream_hf import DreamDrafter
-from dream_hf.decoding import loop as generation
-from dream_hf.decoding.target_forward import Forwards
+from dream_hf.decoding import loop as loop_module
+from dream_hf.decoding.target_forward import TargetForward
 from dream_hf.decoding.tree import DraftTree
 from dream_hf.targets import target as targets
 
@@ -80,8 +80,8 @@ def drive(target: Target, inputs: Inputs, drafter: DreamDrafter, act: Callable[[
         view = targets.Target(model)
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         with view.recording() as record, torch.no_grad():
-            forwards = Forwards(view, input_ids.shape[0], record)
-            decoding = generation._Decoding(view, drafter, record, forwards, *arguments)
+            forward = TargetForward(view, input_ids.shape[0], record, drafter.config.tree_size)
+            decoding = loop_module._Decoding(view, drafter, forward, *arguments)
             decoding.prefill()
             with view.taking_trees(), decoding.verifying():
                 results.append(act(decoding))
@@ -94,12 +94,12 @@ def drive(target: Target, inputs: Inputs, drafter: DreamDrafter, act: Callable[[
 
 def texts_of(decoding: Any) -> list[Tensor]:
     """Each row's tokens so far, the prompt's padding included."""
-    return [decoding.texts.ids[row, :length] for row, length in enumerate(decoding.texts.lengths)]
+    return [decoding.sequences.ids[row, :length] for row, length in enumerate(decoding.sequences.lengths)]
 
 
 def verify_tree(decoding: Any, tree: DraftTree) -> Tensor:  # (B, N, V)
     """Logits of all nodes in one forward of the decoding loop, in the target's dtype."""
-    return decoding._forward(tree).logits[:, -tree.num_nodes :]
+    return decoding.forward(tree).logits[:, -tree.num_nodes :]
 
 
 def sequential_logits(

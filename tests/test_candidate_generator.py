@@ -13,9 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import dream_hf
 from dream_hf import DreamDrafter
-from dream_hf.decoding import assisted as candidate_generator
-from dream_hf.decoding import loop as generation
 from dream_hf.decoding.assisted import DreamCandidateGenerator, dream_chain_generate
+from dream_hf.drafters.dream import session
 from dream_hf.drafters.dream.state import DrafterState
 
 NUM_NEW = 24
@@ -65,21 +64,21 @@ def test_it_drafts_what_our_own_loop_drafts(name, monkeypatch):
     inputs = family(name).make_inputs(target)
     drafter = make_drafter(target, tree_top_k=1, tree_depth=4, tree_size=4, visual_keep_ratio=0.5)
 
-    def drafts(module, generate):
+    def drafts(generate):
         seen = []
 
-        def spy(state, *args):
-            tree = grow_tree(state, *args)
-            seen.append((state.root_features, state.root_positions, tree.tokens[:, :2]))
+        def spy(levels, *args):
+            tree = grow_tree(levels, *args)
+            seen.append((levels.state.root_features, levels.state.root_positions, tree.tokens[:, :2]))
             return tree
 
-        grow_tree = module.grow_tree
+        grow_tree = session.grow_tree
         with monkeypatch.context() as patch:
-            patch.setattr(module, "grow_tree", spy)
+            patch.setattr(session, "grow_tree", spy)
             target.generate(**inputs, max_new_tokens=8, do_sample=False, drafter=drafter, custom_generate=generate)
         return seen
 
-    ours, theirs = drafts(generation, dream_hf.dream_generate), drafts(candidate_generator, dream_chain_generate)
+    ours, theirs = drafts(dream_hf.dream_generate), drafts(dream_chain_generate)
     assert len(theirs) >= 5
     for mine, other in zip(ours, theirs, strict=False):  # ours also drafts for the last token
         torch.testing.assert_close(mine[0], other[0], **TIGHT)

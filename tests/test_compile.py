@@ -17,11 +17,12 @@ from lossless import CHAIN, SMALL_TREE, assert_same_tokens, gains, generate, ora
 from torch import nn
 from transformers import CompileConfig, DynamicCache
 
+from dream_hf.decoding.target_forward import padded_count
 from dream_hf.decoding.tree import DraftTree
 from dream_hf.drafters import growth as drafting
 from dream_hf.drafters.levels import Beams
 from dream_hf.runtime import compilation as compiling
-from dream_hf.runtime.compilation import Settings, compiled_function, pad_tree, padded_count
+from dream_hf.runtime.compilation import Settings, compiled_function
 from dream_hf.runtime.kv_cache import SlotLayer, Slots
 from dream_hf.runtime.static_kv_cache import BUCKET, StaticSlotLayer, StaticSlots, static_layers
 
@@ -339,12 +340,12 @@ def test_a_cache_gets_its_layers_back_when_something_fails():
 
 def test_padded_trees():
     tree = DraftTree.from_parents(torch.tensor([[7, 8, 9]]), torch.tensor([[0, 0, 1]]), 2)
-    padded = pad_tree(tree, 5)
+    padded = tree.padded(5)
     assert padded.tokens.tolist() == [[7, 8, 9, 7, 7]] and padded.depths.tolist() == [[0, 1, 2, 0, 0]]
     assert torch.equal(padded.ancestors[:, :3, :3], tree.ancestors)
     assert not padded.ancestors[:, :3, 3:].any() and not padded.ancestors[:, 3:, :3].any()
     assert torch.equal(padded.ancestors[0, 3:, 3:], torch.eye(2, dtype=torch.bool))
-    assert pad_tree(tree, 3) is tree
+    assert tree.padded(3) is tree
 
 
 def test_numbers_of_nodes():

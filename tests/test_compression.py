@@ -6,7 +6,8 @@ from double import TIGHT, doubles
 from families import family
 
 from dream_hf import DreamConfig, DreamDrafter
-from dream_hf.decoding import loop as generation
+from dream_hf.decoding import prompt
+from dream_hf.drafters.dream import session
 from dream_hf.drafters.dream.compression import novelty, tokens_to_keep
 
 
@@ -47,7 +48,7 @@ def test_decoding_by_novelty_observes_no_attention(monkeypatch, name):
     inputs = family(name).make_inputs(target, batch_size=2)
     drafter = DreamDrafter.for_target(target, visual_importance="novelty", visual_keep_ratio=0.5)
     kept = []
-    compress = generation.compress_text
+    compress = session.compress_text
 
     def spy(embeds, features, real, is_visual, *args):
         text = compress(embeds, features, real, is_visual, *args)
@@ -61,8 +62,8 @@ def test_decoding_by_novelty_observes_no_attention(monkeypatch, name):
     def never(*_):
         raise AssertionError("attention was observed")
 
-    monkeypatch.setattr(generation, "compress_text", spy)
-    monkeypatch.setattr(generation, "observe_attention", never)
+    monkeypatch.setattr(session, "compress_text", spy)
+    monkeypatch.setattr(prompt, "observe_attention", never)
     expected = target.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(
         target.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=drafter), expected

@@ -73,14 +73,14 @@ def test_demo_without_color_separates_steps(bundled, capsys):
 def test_demo_reports_a_difference(bundled, capsys, monkeypatch):
     from dream_hf.decoding import loop as generation
 
-    pick = generation.Chooser.verify
+    pick = generation.Sampler.verify
 
     def wrong(self, tree, logits, texts, *args):
         verdict = pick(self, tree, logits, texts, *args)
         texts.ids[:, texts.prompt_length :] = 5
         return verdict
 
-    monkeypatch.setattr(generation.Chooser, "verify", wrong)
+    monkeypatch.setattr(generation.Sampler, "verify", wrong)
     assert main(["demo", "--json", "--max-new-tokens", "8", "--repeats", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["identical"] is False
 

@@ -9,16 +9,17 @@ from answered import answer
 from distributions import draw, exact_joint, p_value, tiny_llama, tiny_prompt
 from double import doubles
 from families import family
+from grown import grow
 from lossless import CHAIN, assert_counts_add_up, assert_same_tokens, gains, generate, oracle, untrained
 from test_metrics import batch_of, imitate
 from torch import nn
 
 from dream_hf import DreamDrafter, choose_draft_vocabulary
 from dream_hf.decoding.assisted import dream_chain_generate
-from dream_hf.drafters.dream import vocabulary as draft_vocabulary
+from dream_hf.drafters import growth
 from dream_hf.drafters.dream.state import DrafterState
-from dream_hf.drafters.growth import grow_tree
 from dream_hf.drafters.levels import TargetHead
+from dream_hf.targets import reduced_head
 from dream_hf.targets.target import LogitRule, Target
 from dream_hf.training.acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 
@@ -130,7 +131,7 @@ def test_reduced_logits_are_the_targets_own(kind, rule):
         logits = view.draft_logits(drafter)
         view.logit_rule = rule  # learnt in the prefill, after the head has been asked for
         torch.testing.assert_close(logits(features), view.logits(features)[..., ::3])
-    has_copies = view.lm_head in draft_vocabulary._rows.get(drafter, {})
+    has_copies = view.lm_head in reduced_head._rows.get(drafter, {})
     assert has_copies == (kind in ("plain", "bias"))
 
 
@@ -141,11 +142,11 @@ def test_rows_follow_the_weights_and_stay_where_they_are():
     view, features = Target(target), doubles(1, drafter.config.hidden_size)
     with torch.inference_mode():
         view.draft_logits(drafter)
-    place = draft_vocabulary._rows[drafter][view.lm_head].weight.data_ptr()
+    place = reduced_head._rows[drafter][view.lm_head].weight.data_ptr()
     with torch.no_grad():
         view.lm_head.weight.data.mul_(-2.0)
         torch.testing.assert_close(view.draft_logits(drafter)(features), view.logits(features)[..., ::3])
-        assert draft_vocabulary._rows[drafter][view.lm_head].weight.data_ptr() == place
+        assert reduced_head._rows[drafter][view.lm_head].weight.data_ptr() == place
         target.to(torch.bfloat16)
         logits = view.draft_logits(drafter)(features.bfloat16())
         torch.testing.assert_close(logits, view.logits(features.bfloat16())[..., ::3])
@@ -158,7 +159,7 @@ def test_rows_go_with_the_drafter_and_with_the_target():
     for drafter in drafters:
         drafter.set_draft_vocabulary(every_third(drafter))
         Target(target).draft_logits(drafter)
-    rows = [weakref.ref(draft_vocabulary._rows[drafter][target.lm_head]) for drafter in drafters]
+    rows = [weakref.ref(reduced_head._rows[drafter][target.lm_head]) for drafter in drafters]
     drafters.pop(0)
     del drafter
     gc.collect()
@@ -180,7 +181,7 @@ def test_a_tree_holds_the_likeliest_of_the_tokens_that_may_be_drafted():
         features = target.model(ids).last_hidden_state
         state = DrafterState(drafter, 2)
         state.read(target.get_input_embeddings()(ids), features[:, :-1], torch.arange(4).expand(2, -1), [4, 4])
-        tree = grow_tree(state, head_of(target, drafter), ids[:, -1:], drafter.config)
+        tree = grow(state, head_of(target, drafter), ids[:, -1:], drafter.config)
         first = Target(target).logits(state.root_features)[:, 0].clone()
     assert not (tree.tokens[:, 1:] % 3).any()
     first[:, [token for token in range(first.shape[1]) if token % 3]] = -torch.inf
@@ -266,10 +267,10 @@ def test_chains_in_transformers_own_loop_draft_from_it_too(monkeypatch):
     trees = []
 
     def keeping(*args):
-        trees.append(grow_tree(*args))
+        trees.append(growth.grow_tree(*args))
         return trees[-1]
 
-    monkeypatch.setattr("dream_hf.decoding.assisted.grow_tree", keeping)
+    monkeypatch.setattr("dream_hf.drafters.dream.session.grow_tree", keeping)
     expected = generate(target, inputs, max_new_tokens=12).sequences
     settings = {"custom_generate": dream_chain_generate, "drafter": drafter, "max_new_tokens": 12, "do_sample": False}
     assert torch.equal(target.generate(**inputs, **settings), expected)

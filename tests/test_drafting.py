@@ -8,6 +8,7 @@ import pytest
 import torch
 from double import TIGHT, doubled, doubles
 from families import family
+from grown import grow
 from lossless import generate, open_gates, oracle, untrained
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
@@ -15,7 +16,6 @@ from transformers.cache_utils import DynamicCache
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.drafters.dream.modeling import DraftMasks
 from dream_hf.drafters.dream.state import DrafterState
-from dream_hf.drafters.growth import grow_tree
 from dream_hf.drafters.levels import TargetHead
 from dream_hf.targets.target import Target
 
@@ -188,7 +188,7 @@ def test_trees_are_eagle_2_s(attention, shape):
     drafter = make_drafter(attention, tree_depth=depth, tree_top_k=top_k, tree_size=size)
     state, texts = make_state(drafter)
     head = make_head()
-    tree = grow_tree(state, head, torch.tensor([[1], [2], [3]]), drafter.config)
+    tree = grow(state, head, torch.tensor([[1], [2], [3]]), drafter.config)
     assert tree.tokens[:, 0].tolist() == [1, 2, 3]
     assert tree.num_nodes - 1 == min(size, top_k + (depth - 1) * top_k**2)
     for row, text in enumerate(texts):
@@ -203,8 +203,8 @@ def test_growing_leaves_the_state_as_it_was(attention):
     drafter = make_drafter(attention)
     head, roots = make_head(), torch.tensor([[1], [2], [3]])
     state, _ = make_state(drafter)
-    first = grow_tree(state, head, roots, drafter.config)
-    again = grow_tree(state, head, roots, drafter.config)
+    first = grow(state, head, roots, drafter.config)
+    again = grow(state, head, roots, drafter.config)
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.parents, again.parents)
     untouched, _ = make_state(drafter)
     more, more_features = doubles(3, 2, WIDTH), doubles(3, 2, WIDTH)
@@ -220,7 +220,7 @@ def test_a_kept_node_s_parent_is_kept():
     state, _ = make_state(drafter)
     for sharpness in (0.1, 3.0, 300.0):
         head = make_head(sharpness=sharpness)
-        tree = grow_tree(state, head, torch.tensor([[1], [2], [3]]), drafter.config)
+        tree = grow(state, head, torch.tensor([[1], [2], [3]]), drafter.config)
         depths = tree.depths
         assert torch.equal(depths.gather(1, tree.parents)[:, 1:] + 1, depths[:, 1:])
         for row in range(3):
@@ -264,7 +264,7 @@ class Replay:
 
         with monkeypatch.context() as patch:
             patch.setattr(DrafterState, "beams", beams)
-            grow_tree(self.state, head, torch.tensor([[1], [2], [3]]), drafter.config)
+            grow(self.state, head, torch.tensor([[1], [2], [3]]), drafter.config)
 
     def __call__(self, level: int, beam: int, noise: float = 1.0) -> list[Tensor]:
         """Every level's features with one beam's embedding, and so its own feature, changed."""

@@ -5,10 +5,10 @@ import torch
 from answered import Answered, answer
 from double import TIGHT
 from families import FAMILIES, family
+from grown import grow
 
 from dream_hf.drafters.dream.drafter import DreamDrafter
 from dream_hf.drafters.dream.state import DrafterState
-from dream_hf.drafters.growth import grow_tree
 from dream_hf.drafters.levels import TargetHead
 from dream_hf.targets.target import Target
 from dream_hf.training.objective import Objective
@@ -349,7 +349,5 @@ def test_trees_draft_from_training_inputs():
             [base + 1],
         )
         drafter.config.tree_top_k = drafter.config.tree_depth = 1
-        tree = grow_tree(
-            state, TargetHead(view.embed, view.logits), batch.token_ids[:, base : base + 1], drafter.config
-        )
+        tree = grow(state, TargetHead(view.embed, view.logits), batch.token_ids[:, base : base + 1], drafter.config)
     assert int(tree.tokens[0, 1]) == int(view.logits(step.hidden[1]).argmax())

@@ -15,6 +15,7 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from dream_hf import DreamDrafter, dream_chain_generate, dream_generate
 from dream_hf.decoding import loop as generation
+from dream_hf.drafters.dream.session import DreamSession
 from dream_hf.drafters.dream.state import DrafterState
 
 
@@ -32,7 +33,7 @@ def drafter(target):
 def alive(monkeypatch):
     """What of a call is alive; the collector is off."""
     found: weakref.WeakSet[Any] = weakref.WeakSet()
-    for kind in (generation._Decoding, DrafterState, DynamicCache):
+    for kind in (generation._Decoding, DreamSession, DrafterState, DynamicCache):
 
         def watched(self, *args, init=kind.__init__, **kwargs):
             found.add(self)

@@ -9,9 +9,9 @@ import torch
 from families import family
 from lossless import assert_lossless
 
-from dream_hf.decoding import loop as generation
 from dream_hf.decoding import sampling as choosing
-from dream_hf.decoding import sequences as texts
+from dream_hf.decoding import stopping
+from dream_hf.decoding.target_forward import TargetForward
 from dream_hf.runtime import kv_cache as caches
 from dream_hf.targets import target as targets
 from dream_hf.targets import tree_masks
@@ -61,20 +61,20 @@ def without_depth_positions(monkeypatch):
 
         return numbered
 
-    patched(monkeypatch, generation._Decoding, "_forward", make)
+    patched(monkeypatch, TargetForward, "__call__", make)
 
 
 def without_rope_deltas(monkeypatch):
     """Positions count tokens, as if pictures took one position each token."""
 
     def make(start):
-        def counting(self):
-            start(self)
+        def counting(self, *arguments):
+            start(self, *arguments)
             self.root_positions = torch.full_like(self.root_positions, self.prompt_slots)
 
         return counting
 
-    patched(monkeypatch, generation._Decoding, "_start_decoding_kwargs", make)
+    patched(monkeypatch, TargetForward, "begin", make)
 
 
 def without_processors(monkeypatch):
@@ -88,7 +88,7 @@ def _raw_choice(self, rows, length):
 
 def without_the_true_prefix(monkeypatch):
     """Processors see the text before the last token."""
-    monkeypatch.setattr(choosing._Walk, "prefixes", lambda self, length, rows: self.texts.at(length - 1, rows))
+    monkeypatch.setattr(choosing._Walk, "prefixes", lambda self, length, rows: self.sequences.at(length - 1, rows))
 
 
 def without_ragged_rows(monkeypatch):
@@ -109,7 +109,7 @@ def without_ends_inside_paths(monkeypatch):
             self.ended_at[row] = start + len(tokens)
         return len(tokens)
 
-    monkeypatch.setattr(texts.Ends, "cut", cut)
+    monkeypatch.setattr(stopping.Stopping, "cut", cut)
 
 
 def without_query_scales(monkeypatch):

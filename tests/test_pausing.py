@@ -29,10 +29,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.decoding import draft_schedule as pausing
 from dream_hf.decoding import loop as generation
-from dream_hf.decoding.draft_schedule import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, Pausing, Unread
+from dream_hf.decoding.draft_schedule import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, DraftSchedule
 from dream_hf.decoding.tree import DraftTree
 from dream_hf.drafters.dream import configuration as configuration_dream
-from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.drafters.dream import session
+from dream_hf.drafters.dream.state import DrafterState, DreamLevels
+from dream_hf.drafters.pending import PendingTokens
 
 TEXT_LEN = 24
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 32}
@@ -47,7 +49,7 @@ some_families = pytest.mark.parametrize("name", ["llava_clip_llama", "gemma3", "
 
 def drafted_steps(pause_below: float, steps: Iterable[int]) -> list[bool]:
     """Which steps are drafted if every step, were it drafted, gained the number given."""
-    rule = Pausing(pause_below)
+    rule = DraftSchedule(pause_below)
     is_drafted = []
     for gained in steps:
         is_drafted.append(not rule.is_paused)
@@ -95,7 +97,7 @@ def test_after_a_good_stretch_pauses_start_short_again():
 
 
 def test_trees_go_twice_as_deep_as_the_best_of_the_last_steps():
-    rule, depths = Pausing(0.5), []
+    rule, depths = DraftSchedule(0.5), []
     for gained in ([9], [1, 2], [1, 1], [1], [2], [5], [11], [1], [1], [1], [1]):
         depths.append(rule.max_depth)
         rule.note(gained)
@@ -103,14 +105,14 @@ def test_trees_go_twice_as_deep_as_the_best_of_the_last_steps():
 
 
 def test_without_a_threshold_trees_are_as_deep_as_ever():
-    rule = Pausing(0.0)
+    rule = DraftSchedule(0.0)
     for _ in range(2 * WINDOW):
         rule.note([1])
     assert rule.max_depth is None
 
 
 def test_a_pause_leaves_the_depth_as_it_was():
-    rule = Pausing(1.5)
+    rule = DraftSchedule(1.5)
     for _ in range(WINDOW + 1):
         rule.note([1])
     assert rule.is_paused and rule.max_depth == 2
@@ -173,7 +175,7 @@ def test_the_config_keeps_it(tmp_path):
 
 
 def test_unread_text_is_joined_row_by_row():
-    unread = Unread()
+    unread = PendingTokens()
     assert not unread
     parts = [([3, 1], 3), ([1, 1], 1), ([0, 2], 2)]
     expected: list[list[int]] = [[], []]
@@ -195,8 +197,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, sequences: torch.Tensor, mask: torch.
     starts = (mask == 0).sum(1).tolist()
     turns = iter(range(10_000))
 
-    def grow(state: DrafterState, head: Any, roots: torch.Tensor, config: DreamConfig, max_depth: int) -> DraftTree:
-        turn = next(turns)
+    def grow(levels: DreamLevels, roots: torch.Tensor, *_: Any) -> DraftTree:
+        turn, state = next(turns), levels.state
         tokens = roots.new_full((len(roots), 4), 3)
         tokens[:, :1] = roots
         assert state.root_positions is not None
@@ -211,7 +213,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, sequences: torch.Tensor, mask: torch.
                 tokens[row, 1 + len(true)] = (sequences[row, at + 1 + len(true)] + 1) % 90
         return DraftTree.chain(tokens)
 
-    monkeypatch.setattr(generation, "grow_tree", grow)
+    monkeypatch.setattr(session, "grow_tree", grow)
 
 
 def last_state(monkeypatch: pytest.MonkeyPatch, target: Target, inputs: Inputs, **settings: Any):
@@ -220,9 +222,8 @@ def last_state(monkeypatch: pytest.MonkeyPatch, target: Target, inputs: Inputs, 
     result = generation._Decoding.result
 
     def watched(decoding: Any):
-        if decoding.unread:
-            decoding._read_on()
-        states.append(decoding.state)
+        decoding.session._catch_up()
+        states.append(decoding.session.state)
         return result(decoding)
 
     monkeypatch.setattr(generation._Decoding, "result", watched)
@@ -360,7 +361,7 @@ def test_a_batch_pauses_as_a_whole():
     drafter, _ = oracle(target, inputs, expected.sequences, pause_below=3.9)
     out = generate(target, inputs, assistant_model=drafter)
     assert_same_tokens(expected, out)
-    rule = Pausing(3.9)
+    rule = DraftSchedule(3.9)
     for gained, drafted in zip(out.accepted_lengths.T.tolist(), out.drafted_lengths.T.tolist(), strict=True):
         going = [row for row, count in enumerate(drafted) if count >= 0]
         assert all((drafted[row] == 0) == rule.is_paused for row in going)

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from dream_hf import DreamDrafter
 from dream_hf.decoding import sampling as choosing
 from dream_hf.decoding.acceptance import Acceptance, accept_sampled, sample
-from dream_hf.decoding.sampling import Chooser, Verdict
+from dream_hf.decoding.sampling import Accepted, Sampler
 from dream_hf.decoding.tree import DraftTree
 
 LIMIT = 1e-3
@@ -145,10 +145,10 @@ def one_by_one(tree: DraftTree, probabilities: Tensor, removes_rejected: bool = 
     return rows
 
 
-ACCEPT_GREEDY, VERIFY = choosing.accept_greedy, Chooser.verify
+ACCEPT_GREEDY, VERIFY = choosing.accept_greedy, Sampler.verify
 
 
-def verify_with_whole_bonus(self: Chooser, tree, logits, texts, ends, recorder) -> Verdict:
+def verify_with_whole_bonus(self: Sampler, tree, logits, texts, ends, recorder) -> Accepted:
     """Draws the bonus token from all of the distribution, rejected children included."""
     scores = self.processors(tree.tokens.view(-1, 1), logits.flatten(0, 1)).view_as(logits)
     emitted = one_by_one(tree, scores.softmax(-1), removes_rejected=False)
@@ -161,18 +161,18 @@ def verify_with_whole_bonus(self: Chooser, tree, logits, texts, ends, recorder) 
     return choosing._accept(tree, choices, scores, logits, texts, ends, recorder)
 
 
-def verify_without_processors(self: Chooser, *arguments) -> Verdict:
+def verify_without_processors(self: Sampler, *arguments) -> Accepted:
     return VERIFY(replace(self, processors=LogitsProcessorList()), *arguments)
 
 
 WRONG = {
     "first child accepted": (choosing, "accept_greedy", take_first_child, {"temperature": 1.0}),
-    "bonus from all of p": (Chooser, "verify", verify_with_whole_bonus, {"temperature": 1.0}),
-    "processors forgotten": (Chooser, "verify", verify_without_processors, {"temperature": 0.7}),
+    "bonus from all of p": (Sampler, "verify", verify_with_whole_bonus, {"temperature": 1.0}),
+    "processors forgotten": (Sampler, "verify", verify_without_processors, {"temperature": 0.7}),
     "prefix of the prompt": (
         choosing._Walk,
         "prefixes",
-        lambda self, length, rows: self.texts.at(self.texts.prompt_length, rows),
+        lambda self, length, rows: self.sequences.at(self.sequences.prompt_length, rows),
         {"repetition_penalty": 3.0},
     ),
 }

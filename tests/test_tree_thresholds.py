@@ -11,8 +11,7 @@ import dream_hf  # noqa: F401
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.drafters import growth as drafting
 from dream_hf.drafters.dream.state import DrafterState
-from dream_hf.drafters.growth import grow_tree
-from dream_hf.drafters.levels import Level, TargetHead
+from dream_hf.drafters.levels import SlotLevel, TargetHead
 from dream_hf.targets.target import Target
 
 
@@ -33,7 +32,7 @@ def grown():
         with torch.no_grad():
             state.read(target.embed(ids), torch.randn(1, 8, 32), torch.arange(9)[None], [9])
             ending = replace(head, ends=frozenset(ends))
-            return grow_tree(state, ending, ids[:, -1:], drafter.config, max_depth), state
+            return grow(state, ending, ids[:, -1:], drafter.config, max_depth), state
 
     return grow
 
@@ -177,7 +176,7 @@ def test_beams_see_what_their_parents_saw(num_parents, places):
     features, before = torch.rand(2, num_parents, 3), sees.clone()
     tokens, scores = torch.randint(99, (2, num_parents * 4)), torch.rand(2, num_parents * 4)
     best = scores.topk(4, dim=-1).indices
-    level = Level(tokens, scores, best, tokens.gather(1, best), scores.gather(1, best), features, sees, own)
+    level = SlotLevel(tokens, scores, best, tokens.gather(1, best), scores.gather(1, best), features, sees, own)
     beams = level.beams(places)
     for row in range(2):
         nodes = best[row, places]

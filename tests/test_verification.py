@@ -12,8 +12,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from dream_hf.decoding.acceptance import accept_greedy, accept_sampled, sample
 from dream_hf.decoding.outputs import Recorder
-from dream_hf.decoding.sampling import Chooser, Verdict
-from dream_hf.decoding.sequences import Ends, Texts
+from dream_hf.decoding.sampling import Accepted, Sampler
+from dream_hf.decoding.sequences import Sequences
+from dream_hf.decoding.stopping import Stopping
 from dream_hf.decoding.tree import DraftTree
 
 NUM_TOKENS = 4
@@ -73,15 +74,15 @@ class Choices(LogitsProcessor):
         return scores
 
 
-def walked(tree, choices, is_resting=(), in_step=False, processor=None, ends=(), starts=None) -> Verdict:
+def walked(tree, choices, is_resting=(), in_step=False, processor=None, ends=(), starts=None) -> Accepted:
     """What rows gain where the target's choices after each node are `choices` (B, N)."""
     batch = tree.tokens.shape[0]
-    texts = Texts(torch.zeros(batch, 1, dtype=torch.long), 0)
+    texts = Sequences(torch.zeros(batch, 1, dtype=torch.long), 0)
     texts.extend(torch.ones(batch, 3, dtype=torch.long), starts or [0] * batch)
-    judge = Ends(StoppingCriteriaList([EosTokenCriteria([99, *ends]), MaxLengthCriteria(100)]), batch)
+    judge = Stopping(StoppingCriteriaList([EosTokenCriteria([99, *ends]), MaxLengthCriteria(100)]), batch)
     for row in is_resting:
         judge.ended_at[row] = texts.lengths[row]
-    chooser = Chooser(LogitsProcessorList([processor or Choices()]), do_sample=False, in_step=in_step)
+    chooser = Sampler(LogitsProcessorList([processor or Choices()]), do_sample=False, in_step=in_step)
     logits = torch.nn.functional.one_hot(choices, 100).float()
     return chooser.verify(tree, logits, texts, judge, Recorder(GenerationConfig(), batch, []))
 

@@ -8,7 +8,6 @@ extends their position ids rightly, and the drafter counts its own.
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,13 +20,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from ..compat import CACHE
-from ..drafters.dream.compression import compress_text
-from ..drafters.dream.drafter import DreamDrafter
-from ..drafters.dream.state import DrafterState
-from ..drafters.growth import grow_tree
-from ..drafters.levels import TargetHead
-from ..targets.attention_statistics import attention_received, observe_attention
+from ..targets.attention_statistics import observe_attention
 from ..targets.target import DecoderRecord, Target, end_ids, unwrap
+from .drafter import Drafter, DraftSession, Verified
+from .prompt import AttentionMeter, PromptWatch
 from .requests import check_cache, check_chains, check_length, check_request
 from .sampling import STATEFUL
 
@@ -48,27 +44,27 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     Args:
         target (`PreTrainedModel`): The model that verifies.
-        drafter (`DreamDrafter`): The drafter; a `PeftModel` around one is looked through. `config.tree_depth` is the length
+        drafter (`Drafter`): The drafter; a `PeftModel` around one is looked through. `config.tree_depth` is the length
             of the chain.
         generation_config (`GenerationConfig`, *optional*): Its `max_length` keeps chains within the limit.
     """
 
     requires_model_outputs = True  # so that the loop says how many candidates it kept
     model_kwargs_overrides: dict[str, Any] = {}
+    session: DraftSession | None
 
-    def __init__(
-        self, target: PreTrainedModel, drafter: DreamDrafter, generation_config: GenerationConfig | None = None
-    ):
-        plain_drafter: Any = unwrap(drafter)
-        self.target, self.drafter = Target(target), plain_drafter
+    def __init__(self, target: PreTrainedModel, drafter: Drafter, generation_config: GenerationConfig | None = None):
+        plain_drafter: Any = unwrap(drafter)  # type: ignore[arg-type]
+        self.target, self.drafter = Target(target), plain_drafter.with_settings(tree_top_k=1)
         self.max_length = None if generation_config is None else generation_config.max_length
         self._scopes = ExitStack()
         self._record: DecoderRecord | None = None
         self._start()
 
     def __enter__(self) -> DreamCandidateGenerator:
-        self._record = self._scopes.enter_context(self.target.recording())
-        if self.drafter.config.needs_attention and self.target.visual_ids:
+        needs = self.drafter.needs
+        self._record = self._scopes.enter_context(self.target.recording(needs.layers, needs.embeds))
+        if needs.attention and self.target.visual_ids:
             self._scopes.enter_context(observe_attention([self.target.last_attention], self._observe))
         return self
 
@@ -105,73 +101,54 @@ class DreamCandidateGenerator(CandidateGenerator):
             self._wants_attention = bool(self.target.is_visual(input_ids).any())
             return input_ids, None
         # The target's forward is the first in the record; processors may have made it do more since (guidance).
-        embeds, features = self._record.embeds[0], self._record.features[0]
-        self._record.clear()
-        if self.state.root_features is None:
-            self.head = _target_head(self.target, self.drafter, features)
-            self.target.learn_logit_rule(features[:, -1], model_outputs.logits[:, -1].to(features.device))
-            self._read_prompt(input_ids, embeds, features, model_kwargs)
+        embeds, features = self._record.take_first()
+        if self.session is None:
+            self.session = self._read_prompt(input_ids, embeds, features, model_kwargs, model_outputs)
         else:
-            self._read_matches(input_ids, features, n_last_matches)
-        return self._draft(input_ids), None
+            num_gained = int(n_last_matches) + 1
+            features = None if features is None else features[:, :num_gained]
+            self.session.read(Verified(input_ids[:, -num_gained:], [num_gained], features))
+        return self._draft(input_ids, self.session), None
 
     def _start(self) -> None:
-        self.state = DrafterState(self.drafter, batch_size=1)
+        self.session = None
         self._wants_attention = False
-        self._received: torch.Tensor | None = None  # attention each key received in the prefill, (1, K)
+        self._unusable_ids = self.target.unusable_ids()
+        self._meter = AttentionMeter(end=0)
         if self._record is not None:
             self._record.clear()
 
     def _observe(self, module: torch.nn.Module, chunks: Any) -> None:
-        if self._wants_attention and self.state.root_features is None:
-            self._received = attention_received(chunks)
+        if self._wants_attention and self.session is None:
+            self._meter.observe(module, chunks)
 
     def _read_prompt(
-        self, input_ids: torch.Tensor, embeds: torch.Tensor, features: torch.Tensor, model_kwargs: dict[str, Any]
-    ) -> None:
-        """Read the prompt's tokens (embeds and features (1, T, H)), visual ones by their attention, and the first new one."""
-        num_tokens, device = features.shape[1], features.device
-        total, mask = model_kwargs[CACHE].get_seq_length(), model_kwargs.get("attention_mask")
-        real = torch.ones(1, total, dtype=torch.bool, device=device)
-        if mask is not None:
-            real = mask[:, :total].to(device).bool()
-        received = self._received
-        if received is not None:
-            received = received[:, -num_tokens:].to(device)  # a sliding layer does not show the first keys
-            received = torch.nn.functional.pad(received, (num_tokens - received.shape[1], 0))
-        is_visual = self.target.is_visual(input_ids[:, -num_tokens - 1 : -1]).to(device)
-        config = self.drafter.config
-        text = compress_text(
-            embeds, features, real, is_visual, config.visual_keep_ratio, config.visual_importance, received
-        )
-        self.state.read_prompt(text, self.head.embed(input_ids[:, -1:]), real.sum(-1, keepdim=True))
+        self,
+        input_ids: torch.Tensor,  # (1, P + 1)
+        embeds: torch.Tensor | None,
+        features: torch.Tensor | None,
+        model_kwargs: dict[str, Any],
+        model_outputs: Any,
+    ) -> DraftSession:
+        """Begin with the prompt and the first token behind it."""
+        if features is not None:
+            self.target.learn_logit_rule(features[:, -1], model_outputs.logits[:, -1].to(features.device))
+        watch = PromptWatch(self.target, self.drafter, self._meter, embeds, features)
+        mask, ends = model_kwargs.get("attention_mask"), end_ids(self.target.model.generation_config)
+        prefill = watch.prefill(input_ids[:, :-1], input_ids[:, -1:], mask, model_kwargs[CACHE], ends)
+        return self.drafter.start(prefill, self.drafter.settings)
 
-    def _read_matches(self, input_ids: torch.Tensor, features: torch.Tensor, num_matches: int) -> None:
-        """Read the candidates that were kept and the token that came after them."""
-        num_gained = int(num_matches) + 1
-        self.state.read_on(self.head.embed(input_ids[:, -num_gained:]), features[:, :num_gained], [num_gained])
-
-    def _draft(self, input_ids: torch.Tensor) -> torch.LongTensor:
-        config = copy.copy(self.drafter.config)
-        config.tree_top_k = 1
+    def _draft(self, input_ids: torch.Tensor, session: DraftSession) -> torch.LongTensor:
         num_positions = getattr(self.target.text_config, "max_position_embeddings", None)
         length = input_ids.shape[1]
         limits = [self.max_length and self.max_length - length - 1, num_positions and num_positions - length]
-        max_depth = min((limit for limit in limits if limit is not None and limit >= 0), default=None)
-        chain = grow_tree(self.state, self.head, input_ids[:, -1:], config, max_depth)
-        return torch.cat([input_ids, chain.tokens[:, 1:].to(input_ids.device)], dim=1)  # type: ignore[return-value]
-
-
-def _target_head(target: Target, drafter: DreamDrafter, like: torch.Tensor) -> TargetHead:
-    """The ends of the target that a drafter borrows, for features `like` these; it holds nothing of a decoding."""
-    device, dtype, draft_logits = like.device, like.dtype, target.draft_logits(drafter)
-    return TargetHead(
-        embed=lambda token_ids: target.embed(token_ids.to(target.model.device)),
-        logits=lambda features: draft_logits(features.to(device, dtype)),
-        token_ids=drafter.draft_token_ids,
-        ends=end_ids(target.model.generation_config),
-        barred=target.unusable_ids(),
-    )
+        limits = [limit for limit in limits if limit is not None and limit >= 0]
+        max_depth = min([self.drafter.settings.tree_depth, *limits])
+        chain = session.draft(input_ids[:, -1:], max_depth).likeliest_path(max_depth)
+        if self._unusable_ids is not None:
+            is_spoilt = torch.isin(chain, self._unusable_ids.to(chain.device))[0].nonzero().flatten().tolist()
+            chain = chain[:, : is_spoilt[0]] if is_spoilt else chain
+        return torch.cat([input_ids, chain.to(input_ids.device)], dim=1)  # type: ignore[return-value]
 
 
 def dream_chain_generate(
@@ -180,7 +157,7 @@ def dream_chain_generate(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    drafter: DreamDrafter | None = None,
+    drafter: Drafter | None = None,
     **kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
     """Run transformers' own `_assisted_decoding` with a drafter's chains as candidates.
@@ -194,19 +171,17 @@ def dream_chain_generate(
         logits_processor (`LogitsProcessorList`): As prepared by `generate()`.
         stopping_criteria (`StoppingCriteriaList`): As prepared by `generate()`.
         generation_config (`GenerationConfig`): As prepared by `generate()`.
-        drafter (`DreamDrafter`): The drafter; a `PeftModel` around one is looked through. `config.tree_depth` is the length of
-            the chain.
+        drafter (`Drafter`): The drafter; a `PeftModel` around one is looked through. `tree_depth` is the length of the chain.
         kwargs: What the target's forward takes, and `streamer`.
 
     Returns:
         What `generate()` returns, without what `dream_generate` adds.
 
     Raises:
-        TypeError: `drafter` is not a `DreamDrafter`.
+        TypeError: `drafter` is no [`Drafter`].
         ValueError: A combination that cannot be served; the message names the argument and the remedy.
     """
-    plain_drafter: Any = drafter if drafter is None else unwrap(drafter)
-    check_request(model, plain_drafter, generation_config)
+    drafter = check_request(model, drafter, generation_config)
     check_cache(kwargs.get(CACHE))
     check_length(model, input_ids.shape[1], generation_config.max_length)
     check_chains(model)
@@ -217,7 +192,7 @@ def dream_chain_generate(
                 "asks about rejected ones too. Use `custom_generate=dream_generate`, which does not."
             )
     model_class: Any = type(model)
-    with DreamCandidateGenerator(model, plain_drafter, generation_config) as generator:
+    with DreamCandidateGenerator(model, drafter, generation_config) as generator:
         return model_class._assisted_decoding(
             _WithGenerator(model, generator),
             input_ids,

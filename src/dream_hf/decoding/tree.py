@@ -84,6 +84,13 @@ class DraftTree:
         unwanted = torch.isin(self.tokens, token_ids.to(self.tokens.device))
         return replace(self, tokens=torch.where(unwanted, self.tokens[:, :1], self.tokens))
 
+    def likeliest_path(self, max_depth: int) -> torch.Tensor:
+        """Drafted tokens (1, L) from the root of a single row to the first of its deepest nodes, up to a depth."""
+        tree = self.cut(max_depth)
+        on_path = tree.ancestors[0, tree.depths[0].argmax()]
+        on_path = on_path & (tree.depths[0] > 0)
+        return tree.tokens[:, on_path]
+
     def padded(self, num_nodes: int) -> DraftTree:
         """The tree with copies of the root behind its nodes, `num_nodes` in all, that no node sees and that see no node."""
         missing = num_nodes - self.num_nodes

@@ -35,12 +35,12 @@ class Level(Protocol):
 
 
 class LevelSource(Protocol):
-    """What makes levels: a drafter that has read all verified text."""
+    """What makes levels, of any kind that has what [`Level`] names: a drafter that has read all verified text."""
 
-    def first_level(self, num_levels: int, top_k: int) -> Level:
+    def first_level(self, num_levels: int, top_k: int) -> Any:
         """The likeliest tokens below the root, of a tree that may have up to `num_levels` levels."""
 
-    def next_level(self, level: Any, places: list[int], depth: int, top_k: int) -> Level:
+    def next_level(self, level: Any, places: list[int], depth: int, top_k: int) -> Any:
         """`top_k` children of each of the best nodes of `level` at `places`, which are at a depth of `depth`."""
 
     def forget_levels(self) -> None:

@@ -122,16 +122,14 @@ class Target:
         """The target's logits (..., V) for features (..., H) in float32, scaling and soft-capping included."""
         return self.logit_rule(self.lm_head(features).float())
 
-    def draft_logits(
-        self, drafter: nn.Module, token_ids: torch.Tensor | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`logits` as a drafter drafts from them: of its `token_ids` (R,) alone, (..., H) -> (..., R), or of all tokens.
+    def draft_logits(self, drafter: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`logits` as a drafter drafts from them: of its `draft_token_ids` alone, (..., H) -> (..., R), or of all tokens.
 
         What is returned holds the head as it is now; ask again for the next `generate()`.
         """
-        if token_ids is None:
+        if drafter.draft_token_ids is None:
             return self.logits
-        head = reduced_head(self.lm_head, token_ids, drafter)
+        head = reduced_head(self.lm_head, drafter.draft_token_ids, drafter)
         return lambda features: self.logit_rule(head(features).float())
 
     def learn_logit_rule(self, features: torch.Tensor, logits: torch.Tensor) -> None:

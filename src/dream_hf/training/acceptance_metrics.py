@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..decoding.acceptance import accept_greedy
-from ..drafters.dream.configuration import DreamConfig
 from ..drafters.dream.drafter import DreamDrafter
-from ..drafters.dream.state import DrafterState
+from ..drafters.dream.state import DrafterState, DreamLevels
 from ..drafters.growth import grow_tree
 from ..drafters.levels import TargetHead
 from .losses import MAX_LOGITS
@@ -105,7 +104,6 @@ class _Replay:
 
     def __init__(self, drafter: DreamDrafter, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts):
         self.drafter, self.head, self.batch, self.counts = drafter, head, batch, counts
-        self.config: DreamConfig = drafter.config
         self.device = drafter.device
         self.answers = [_answers(row) for row in batch.predicts.tolist()]
         self.gains: list[list[int]] = [[] for _ in self.answers]
@@ -129,7 +127,8 @@ class _Replay:
         """Draft a tree for each row, keep the path that agrees with its answer, go on behind it."""
         at = torch.tensor(self.at, device=self.device)[:, None]
         ends = torch.tensor([row[0][1] if row else 0 for row in self.answers], device=self.device)[:, None]
-        tree = grow_tree(self.state, self.head, self.token_ids.gather(1, at), self.config)
+        levels, roots = DreamLevels(self.state, self.head), self.token_ids.gather(1, at)
+        tree = grow_tree(levels, roots, self.state.settings, self.head.ends)
         following = at + tree.depths + 1
         choices = self.token_ids.gather(1, following.clamp(max=self.token_ids.shape[1] - 1))
         lengths = accept_greedy(tree, choices.masked_fill(following > ends, -1)).lengths.tolist()

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data import ConversationDataset, count_answer_tokens
 from ..decoding.requests import check_target
+from ..drafters.dream.checks import check_fit
 from ..drafters.dream.configuration import describe_target
 from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.vocabulary import check_draft_vocabulary, choose_draft_vocabulary
@@ -47,7 +48,8 @@ def check_models(drafter: Any, target: Any) -> None:
         )
     if not isinstance(unwrap(target), PreTrainedModel):
         raise TypeError(f"`target` is a `{type(target).__name__}`; pass the loaded model that the drafter drafts for.")
-    check_target(unwrap(target), drafter)
+    check_target(unwrap(target))
+    check_fit(drafter, unwrap(target))
     drafter.config.check_drafting()
 
 

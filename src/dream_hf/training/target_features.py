@@ -206,6 +206,7 @@ class FeatureExtractor:
             with self.target.recording() as record, torch.autocast(predicts.device.type, enabled=False):
                 outputs = self.target.model(**inputs, logits_to_keep=1, use_cache=False, return_dict=True)
         embeds, features = record.take()
+        assert embeds is not None and features is not None  # both are recorded
         if not self._knows_logits:
             self.target.learn_logit_rule(features[:, -1], outputs.logits[:, -1].to(features.device))
             self._knows_logits = True

@@ -88,7 +88,7 @@ def borrow_head(drafter: DreamModel, prefill: Prefill) -> TargetHead:
     assert prefill.embeds is not None and prefill.features is not None
     target, embed_device = prefill.target, prefill.embeds.device
     device, dtype = prefill.features.device, prefill.features.dtype
-    draft_logits = target.draft_logits(drafter, drafter.draft_token_ids)
+    draft_logits = target.draft_logits(drafter)
     return TargetHead(
         embed=lambda token_ids: target.embed(token_ids.to(embed_device)),
         logits=lambda features: draft_logits(features.to(device, dtype)),

@@ -39,10 +39,10 @@ class LookupSession(DraftSession):
     def __init__(self, prefill: Prefill, max_match: int, settings: DraftSettings):
         real = prefill.real[:, -prefill.token_ids.shape[1] :].to(prefill.token_ids.device)
         prompts = prefill.token_ids.masked_fill(~real | prefill.is_visual, UNKNOWN)
-        rows: list[list[int]] = torch.cat([prompts, prefill.first_tokens], dim=1).tolist()
+        rows = torch.cat([prompts, prefill.first_tokens], dim=1).tolist()
         if isinstance(prefill.earlier, LookupSession):  # which knows the first of these tokens
             rows = [before + new[1:] for before, new in zip(prefill.earlier.rows, rows, strict=True)]
-        self.rows = rows
+        self.rows: list[list[int]] = rows
         self.max_match, self.end_ids = max_match, prefill.end_ids
         self.max_depth = min(settings.tree_depth, settings.tree_size)
 
