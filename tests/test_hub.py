@@ -343,6 +343,17 @@ def test_push_refuses_a_folder_that_would_not_load(hub, pair, tmp_path):
     assert hub.num_requests == 0
 
 
+def test_every_way_to_upload_says_why_it_failed(hub, pair, tmp_path):
+    drafter, name = make_drafter(), "no id at all"
+    for upload in (
+        lambda: drafter.push_to_hub(name),
+        lambda: drafter.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=name),
+        lambda: push_drafter(pair[1], name, dry_run=False),
+    ):
+        with pytest.raises(OSError, match=r"Could not upload to 'no id at all': it is no Hub id.*Check the spelling"):
+            upload()
+
+
 def test_push_as_a_pull_request_leaves_the_branch_alone(hub, pair):
     push_drafter(pair[1], REPO, dry_run=False, private=True)
     assert hub.repos[REPO].is_private
