@@ -223,7 +223,7 @@ import os, sys
 sys.path[:0] = {paths!r}
 from test_regenerate import EOS_BIAS, rows, run
 from tiny_pair import tiny_target
-from dream_hf import answer_store
+from dream_hf.regeneration import store as answer_store
 
 add, kill_at = answer_store.AnswerStore.add, int(sys.argv[2])
 def killing(self, index, *row):
