@@ -319,6 +319,7 @@ GEMMA4: dict[str, Any] = {
     "token_types": ("mm_token_type_ids", {IMAGE: 1, VIDEO: 2}),
 }
 
+LLAMA4_PICTURE = FRAMED if configs.LLAMA4_TAKES_PICTURES else None
 FAMILIES: list[Family] = [
     Family("llava_clip_llama", configs.llava_clip_llama, _square(16, 16)),
     Family("llava_pixtral_mistral", configs.llava_pixtral_mistral, _rows_of_patches(4)),
@@ -339,7 +340,7 @@ FAMILIES: list[Family] = [
     Family("glm4v", configs.glm4v, **GRID),
     Family("internvl", configs.internvl, FRAMED),
     Family("aya_vision", configs.aya_vision, FRAMED),
-    Family("llama4", configs.llama4, FRAMED),
+    Family("llama4", configs.llama4, LLAMA4_PICTURE),
     Family("llama", configs.llama),
     Family("gemma2", configs.gemma2, **EAGER),
     Family("cohere", configs.cohere),
@@ -348,7 +349,7 @@ FAMILIES: list[Family] = [
 # Families whose own padded batches are not exact, kept apart from FAMILIES.
 INEXACT: list[Family] = [
     Family(
-        "llama4_scaled", configs.llama4_scaled, FRAMED, batch_is_exact=False,
+        "llama4_scaled", configs.llama4_scaled, LLAMA4_PICTURE, batch_is_exact=False,
         note="Llama4 scales the queries of layers without positions by cache slot, not by position_ids, so padding"
         " changes the scale once a slot passes `floor_scale` (8192 in real models, 16 here).",
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
+from packaging.version import Version
 from transformers import PreTrainedConfig
 
 VOCAB_SIZE = 104
@@ -190,12 +191,18 @@ def aya_vision() -> PreTrainedConfig:
     )  # fmt: skip
 
 
+# In transformers 5.24 every forward of `Llama4ForConditionalGeneration` raises, plain ones as well ('image_outputs').
+LLAMA4_TAKES_PICTURES = Version(hf.__version__) < Version("5.24")
+
+
 def llama4(**scaling: Any) -> PreTrainedConfig:
     """Chunked layers alternate with full ones without positions; experts."""
     text = TEXT | dict(
         num_hidden_layers=4, layer_types=["chunked_attention", "full_attention"] * 2, no_rope_layers=[1, 0, 1, 0],
         attention_chunk_size=WINDOW, num_local_experts=2, intermediate_size_mlp=64, moe_layers=[1, 3], **scaling,
     )  # fmt: skip
+    if not LLAMA4_TAKES_PICTURES:
+        return hf.Llama4TextConfig(**text)
     vision = LARGE_VISION | dict(
         intermediate_size=64, projector_input_dim=32, projector_output_dim=32, vision_output_dim=32
     )
@@ -207,7 +214,7 @@ def llama4(**scaling: Any) -> PreTrainedConfig:
 
 def llama4_scaled() -> PreTrainedConfig:
     """Queries of the layers without positions grow with the position within a short prompt already."""
-    return llama4(floor_scale=16, attn_scale=0.5)
+    return llama4(floor_scale=16, attn_scale=0.5) if LLAMA4_TAKES_PICTURES else llama4(floor_scale=5, attn_scale=0.7)
 
 
 def llama() -> PreTrainedConfig:

@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from families import Inputs, Target
+from family_configs import TEXT_IDS
+from fuzz import FuzzDrafter
 from oracle import NoisyOracle, Plan, make_oracle, make_plan
 from torch import Tensor, nn
 
 from dream_hf import DreamDrafter
+from dream_hf.decoding.settings import DraftSettings
+from dream_hf.drafters.retrieval.lookup import PromptLookupDrafter
 
 NUM_NEW = 64
 DEPTH = 6  # of the default tree
@@ -91,7 +95,7 @@ def assert_lossless(
     inputs: Inputs,
     settings: Settings = dict,
     foresight: Settings | None = None,
-    drafts: Sequence[str] = ("tree", "chain"),
+    drafts: Sequence[str] = ("tree", "chain", "fuzz"),
     **config: Any,
 ) -> Any:
     """Plain and speculative decoding agree under `settings`; returns plain's output.
@@ -102,11 +106,7 @@ def assert_lossless(
     expected = generate(target, inputs, output_logits=True, **settings())
     known = expected if foresight is None else generate(target, inputs, **foresight())
     for name in drafts:
-        shape = {"untrained": SMALL_TREE, "tree": {}, "chain": CHAIN}[name] | config
-        if name == "untrained":
-            drafter = untrained(target, **shape)
-        else:
-            drafter, _ = oracle(target, inputs, known.sequences, **shape)
+        drafter = make_drafter(name, target, inputs, known.sequences, config)
         out = generate(target, inputs, assistant_model=drafter, **settings())
         try:
             assert_same_tokens(expected, out)
@@ -114,6 +114,20 @@ def assert_lossless(
             raise AssertionError(f"drafts: {name}; {error}") from None
         assert_counts_add_up(out, target.generation_config.pad_token_id)
     return expected
+
+
+def make_drafter(name: str, target: Target, inputs: Inputs, known: Tensor, config: dict[str, Any]) -> Any:
+    """What drafts: an untrained drafter, an oracle that knows (B, P + N) tokens, prompt lookup, or random trees."""
+    if name in ("fuzz", "lookup"):
+        sizes = {key: value for key, value in config.items() if key in DraftSettings.names()}
+        if name == "lookup":
+            return PromptLookupDrafter(settings=DraftSettings(tree_depth=4).changed(**sizes))
+        settings = DraftSettings(tree_depth=7, tree_size=13).changed(**sizes)
+        return FuzzDrafter(range(*TEXT_IDS), known, favourites=range(3, 12), settings=settings)
+    shape = {"untrained": SMALL_TREE, "tree": {}, "chain": CHAIN}[name] | config
+    if name == "untrained":
+        return untrained(target, **shape)
+    return oracle(target, inputs, known, **shape)[0]
 
 
 def assert_counts_add_up(out: Any, pad_token_id: int | None = None) -> None:

@@ -62,7 +62,7 @@ def test_files_are_upright_and_keep_their_colours(tmp_path):
     for value in (buffer.getvalue(), {"bytes": buffer.getvalue(), "path": None}, tmp_path / "a.png"):
         image = load_image(value)
         assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGBA", (30, 40), (255, 0, 0, 90))
-    store = AnswerStore(tmp_path / "out.jsonl", {}, str, num_rows=1)
+    store = AnswerStore(tmp_path / "out.jsonl", {}, str, 1)
     for mode, picture in pictures().items():  # written by `regenerate` as they are
         kept = load_image(tmp_path / store._keep_picture(picture))
         assert kept.size == picture.size and kept.tobytes() == picture.tobytes(), mode
@@ -236,7 +236,7 @@ def test_unusable_tools_are_named():
 
 def test_regenerated_rows_keep_their_tools(tmp_path):
     row = read_row(0, {**text_only(), "tools": TOOLS}, None, "")
-    store = AnswerStore(tmp_path / "out.jsonl", {}, str, num_rows=1)
+    store = AnswerStore(tmp_path / "out.jsonl", {}, str, 1)
     store.add(0, row.messages, row.values, True, row.tools)
     store.merge()
     assert parse_row(ConversationDataset(tmp_path / "out.jsonl").source.rows[0]).tools == TOOLS

@@ -18,7 +18,9 @@ from transformers.utils import logging as hf_logging
 
 import dream_hf
 from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.compat import CACHE
 from dream_hf.decoding.requests import check_cache, check_target
+from dream_hf.drafters.dream.checks import check_fit
 from dream_hf.targets.target import Target as TargetView
 
 WAYS = ("assistant_model", "drafter")
@@ -111,7 +113,7 @@ def caches(target: Target) -> dict:
 @pytest.mark.parametrize("name", ["StaticCache", "offloaded", "CacheOfOurOwn"])
 def test_caches_that_cannot_take_tokens_back(target, name, way, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)  # an offloaded cache asks for one
-    with refusal(target, "`past_key_values`", name, "DynamicCache(config=model.config)"):
+    with refusal(target, f"`{CACHE}`", name, "DynamicCache(config=model.config)"):
         generate(target, make_drafter(target), way, past_key_values=caches(target)[name])
 
 
@@ -124,7 +126,7 @@ def test_quantized_cache_layers_are_refused():
 
 
 def test_the_old_tuple_of_keys_and_values_is_refused(target):
-    with refusal(target, "past_key_values", "`Cache` instance"):  # transformers' own words
+    with refusal(target, CACHE, "`Cache` instance"):  # transformers' own words
         generate(target, make_drafter(target), "drafter", past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 
@@ -329,7 +331,7 @@ def test_another_name_is_a_warning_only(target, monkeypatch):
     drafter.config.target = drafter.config.target | {"name": "org/the-target-it-was-trained-for"}
     monkeypatch.setattr(target.config, "_name_or_path", "org/a-finetuned-target")
     warnings = Warnings()
-    logger = hf_logging.get_logger("dream_hf.decoding.requests")
+    logger = hf_logging.get_logger("dream_hf.drafters.dream.checks")
     logger.addHandler(warnings)
     try:
         generate(target, drafter)
@@ -392,6 +394,7 @@ def test_another_model_as_drafter(target):
 def test_a_model_without_a_head_is_no_target():
     model = hf.LlamaModel(configs.llama())
     drafter = DreamDrafter.for_target(model)
-    check_target(model, drafter)
+    check_target(model)
+    check_fit(drafter, model)
     with pytest.raises(TypeError, match="LM head"):
         TargetView(model)

@@ -79,13 +79,14 @@ def test_the_drafter_runs_on_draft_threads_and_the_target_does_not(three_threads
     target = family("llama").make_target()
     inputs = family("llama").make_inputs(target, 1)
     seen = {"prompt": set(), "drafter": set(), "target": set()}
-    forward = DrafterState._forward
+    for name in ("_forward", "_read_start"):  # what runs the drafter
+        forward = getattr(DrafterState, name)
 
-    def watched(state, *args, **kwargs):
-        seen["drafter" if state.features.longest else "prompt"].add(torch.get_num_threads())
-        return forward(state, *args, **kwargs)
+        def watched(state, *args, forward=forward, **kwargs):
+            seen["drafter" if state.features.longest else "prompt"].add(torch.get_num_threads())
+            return forward(state, *args, **kwargs)
 
-    monkeypatch.setattr(DrafterState, "_forward", watched)
+        monkeypatch.setattr(DrafterState, name, watched)
     target.model.register_forward_hook(lambda *_: seen["target"].add(torch.get_num_threads()))
     drafter = DreamDrafter.for_target(target, draft_threads=1)
     generate(target, inputs, assistant_model=drafter, max_new_tokens=8)

@@ -174,7 +174,7 @@ def attend_dense(seen, queries, keys, values, unseen, scale, dropout):
     return attend_masked(queries, keys, values, mask, unseen, scale, dropout)
 
 
-def make_batch(length, dtype=torch.float32):
+def make_batch(length, dtype=torch.float64):
     """Two texts, the second shorter; the last half of each is answer. Also where chains may start."""
     embeds, features = (part.to(dtype) for part in make_inputs(length + 1))
     counts = torch.tensor([length, length - 3])
@@ -271,7 +271,7 @@ def test_a_target_with_one_rule_runs_no_head_to_find_it(monkeypatch):
         target, calls = family(name).make_target(), []
         view = Target(target)
         with torch.no_grad():
-            features = torch.randn(2, target.config.get_text_config().hidden_size)
+            features = torch.randn(2, target.config.get_text_config().hidden_size, dtype=target.dtype)
             logits = view.logits(features)
             view.lm_head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             view.learn_logit_rule(features, logits)

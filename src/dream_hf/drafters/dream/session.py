@@ -46,6 +46,8 @@ class DreamSession(DraftSession):
         """An empty state, or that of an earlier turn brought up to date."""
         if isinstance(prefill.earlier, DreamSession) and prefill.earlier.drafter is self.drafter:
             self.state, self.pending = prefill.earlier.state, prefill.earlier.pending
+            self.state.settings = self.settings
+            self.state.leave_inference_mode()
             self._catch_up()
             return self.state, self.pending
         batch_size = prefill.first_tokens.shape[0]
