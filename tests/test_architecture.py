@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,15 @@ def test_files_and_functions_are_small(name):
 def test_few_files_stand_at_the_root():
     files = sorted(name for name in MODULES if "." not in name)
     assert len(files) <= MAX_ROOT_FILES, f"{files}; modules belong into the folder of what they are for"
+
+
+def test_the_map_shows_every_folder_and_the_walk_every_file_once():
+    text = (ROOT.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = [name.removesuffix(".py") for name in re.findall(r"^\| `([\w.]+)/?` \|", text, re.MULTILINE)]
+    assert set(shown) == RANKS.keys() - {"version", "compression", "conversion", "__init__", "__main__"}
+    assert [RANKS[name] for name in shown] == sorted((RANKS[name] for name in shown), reverse=True)
+    walk = text[text.index("## One decoding step") : text.index("## Adding a drafter")]
+    files = re.findall(r"`([\w/]+\.py)`", walk)
+    assert len(files) > 20 and len(set(files)) == len(files)
+    for file in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / file).is_file() or (ROOT.parents[1] / file).is_file(), file
