@@ -74,9 +74,7 @@ ORDERS = [
     "import dream_hf; dream_hf.DreamDrafter",
     "from transformers import LlavaForConditionalGeneration; import dream_hf",
     "import transformers.generation.utils, dream_hf",
-    "import dream_hf, transformers.generation.utils",
     "import transformers.models.auto.configuration_auto, dream_hf",
-    "import transformers.models.auto.modeling_auto, dream_hf",
     "import dream_hf, transformers.models.auto.modeling_auto; dream_hf.DreamDrafter",
     "import dream_hf.decoding.drafter",
 ]
