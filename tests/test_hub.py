@@ -32,6 +32,7 @@ from transformers import (
 
 import dream_hf
 from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.drafters import checkpoint_files
 from dream_hf.drafters.checkpoint_files import DamagedFileError
 from dream_hf.drafters.dream.conversion import convert_checkpoint
 from dream_hf.hub import push_drafter
@@ -135,6 +136,28 @@ def test_life_cycle(hub, monkeypatch, tmp_path):
         hub.faults.clear()
         assert_same_weights(DreamDrafter.from_pretrained(REPO, cache_dir=cache_dir), first)
         assert_same_weights(DreamDrafter.from_pretrained(REPO, cache_dir=cache_dir, local_files_only=True), first)
+
+
+def test_a_file_in_the_cache_is_hashed_once_until_it_changes(hub, monkeypatch):
+    make_drafter().push_to_hub(REPO)
+    hashed, sha256 = [], checkpoint_files._sha256
+    monkeypatch.setattr(checkpoint_files, "_sha256", lambda file: hashed.append(file) or sha256(file))
+    DreamDrafter.from_pretrained(REPO)
+    DreamDrafter.from_pretrained(REPO)
+    (blob,) = hashed
+    os.utime(blob)
+    assert_same_weights(DreamDrafter.from_pretrained(REPO), make_drafter())
+    assert hashed == [blob, blob]
+    (note,) = blob.parents[1].glob(".dream_hf_verified/*")
+    assert note.name == blob.name and huggingface_hub.scan_cache_dir(blob.parents[2]).warnings == []
+    blob.write_bytes(blob.read_bytes()[:-1] + b"~")  # of the same size, later
+    with pytest.raises(DamagedFileError, match=r"model.safetensors.*SHA-256.*removed: load again"):
+        DreamDrafter.from_pretrained(REPO)
+    assert_same_weights(DreamDrafter.from_pretrained(REPO), make_drafter())
+    note.unlink()
+    note.parent.rmdir()
+    note.parent.write_text("")  # no folder can be made here, as in a cache that may not be written to
+    DreamDrafter.from_pretrained(REPO)
 
 
 def _saved(drafter, tmp_path):

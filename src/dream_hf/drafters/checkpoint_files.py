@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..hub.downloads import fetch_file
 Shapes = dict[str, tuple[int, ...]]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+VERIFIED = ".dream_hf_verified"  # folder of notes on blobs, beside them in the Hub library's cache
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Tensors that are no floating point numbers, and what they are.
 INTEGERS = {"draft_token_ids": "I64"}
@@ -208,17 +210,27 @@ def _no_weights(source: str, name: str, **hub: Any) -> Exception:
 
 
 def check_digest(source: str | os.PathLike, file: Path) -> None:
-    """Compare a cached file with the SHA-256 the Hub announced for it, which is the name of its blob in the cache."""
+    """Compare a cached file with the SHA-256 the Hub announced for it, which is the name of its blob in the cache.
+
+    That reads all of it, so a note in the cache's folder of the repo says which file, as it is, has been found right.
+    """
     digest = Path(os.readlink(file)).name if file.is_symlink() else ""
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         return
-    sha256 = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            sha256.update(chunk)
-    if sha256.hexdigest() == digest:
+    blob = file.resolve()
+    note, state = blob.parents[1] / VERIFIED / digest, f"{blob.stat().st_size} bytes at {blob.stat().st_mtime_ns}"
+    if note.is_file() and note.read_text(encoding="utf-8") == state:
         return
-    raise _discard(os.fspath(source), file, "its content does not have the SHA-256 that the Hub announced")
+    if _sha256(blob) != digest:
+        raise _discard(os.fspath(source), file, "its content does not have the SHA-256 that the Hub announced")
+    with suppress(OSError):  # a cache that may not be written to is checked each time
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(state, encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_header(source: str, file: Path) -> Shapes:
