@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grown import grow
 from families import family
 
 import dream_hf  # noqa: F401

@@ -70,15 +70,9 @@ def run_benchmark(
 
     working = [method for method in methods if method.name not in samples.failures]
     _add_shares(rows, target, PromptEncoder(processor), working, prompts, settings, num_share_prompts)
+    said = ("seed", "max_new_tokens", "num_warmup", "batch_size", "repeats")
     results = {
-        "provenance": {
-            **provenance,
-            "seed": settings.seed,
-            "max_new_tokens": settings.max_new_tokens,
-            "num_warmup": settings.num_warmup,
-            "batch_size": settings.batch_size,
-            "repeats": settings.repeats,
-        },
+        "provenance": {**provenance, **{name: getattr(settings, name) for name in said}},
         "rows": rows,
         "overall": overall,
         "failed_methods": samples.failures,

@@ -96,17 +96,23 @@ def dream_generate(
         if compilation is not None:
             recording.close()  # compiled forwards take no hooks, and return what these would record
         with target.taking_trees(), decoding.verifying(), target.model._optimize_model_for_decode():
-            while target.model._has_unfinished_sequences(decoding.is_done, synced_gpus, device=input_ids.device):
-                if decoding.is_done:
-                    decoding.idle()
-                    continue
-                with phase(STEP):
-                    decoding.step()
-                stream.send(decoding.sequences, decoding.stopping)
-            if decoding.is_cache_kept and not synced_gpus:  # other processes would wait for this one's forward
-                decoding.read_padding()
+            _take_steps(decoding, stream, synced_gpus)
         stream.close()
         return decoding.result()
+
+
+def _take_steps(decoding: _Decoding, stream: Stream, synced_gpus: bool) -> None:
+    """Step by step to the end of all rows, and of all processes."""
+    model, device = decoding.target.model, decoding.sequences.ids.device
+    while model._has_unfinished_sequences(decoding.is_done, synced_gpus, device=device):
+        if decoding.is_done:
+            decoding.idle()
+            continue
+        with phase(STEP):
+            decoding.step()
+        stream.send(decoding.sequences, decoding.stopping)
+    if decoding.is_cache_kept and not synced_gpus:  # other processes would wait for this one's forward
+        decoding.read_padding()
 
 
 class _Decoding:
