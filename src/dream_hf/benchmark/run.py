@@ -67,7 +67,6 @@ def run_benchmark(
     drafting = {method.name: dict(method.drafting) for method in methods}
     for row in [*rows, *overall]:
         row["drafting"] = drafting[row["method"]]
-
     working = [method for method in methods if method.name not in samples.failures]
     _add_shares(rows, target, PromptEncoder(processor), working, prompts, settings, num_share_prompts)
     said = ("seed", "max_new_tokens", "num_warmup", "batch_size", "repeats")

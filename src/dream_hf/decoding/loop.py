@@ -79,16 +79,8 @@ def dream_generate(
         record = recording.enter_context(target.recording(needs.layers, needs.embeds))
         compilation = compile_settings(target, drafter.settings, generation_config, synced_gpus)
         forward = make_target_forward(target, drafter, compilation, input_ids.shape[0], record)
-        decoding = _Decoding(
-            target,
-            drafter,
-            forward,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            forward.arguments(model_kwargs),
-        )
+        judges, arguments = (logits_processor, stopping_criteria), forward.arguments(model_kwargs)
+        decoding = _Decoding(target, drafter, forward, input_ids, *judges, generation_config, arguments)
         stream = Stream(streamer, decoding.sequences)
         with phase(PREFILL):
             decoding.prefill()
