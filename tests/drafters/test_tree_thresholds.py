@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grown import grow
 from families import family
+from grown import grow
 
 import dream_hf  # noqa: F401
 from dream_hf import DreamConfig, DreamDrafter

@@ -17,7 +17,7 @@ from dream_hf.drafters.dream import state as drafter_state
 from dream_hf.runtime.phases import STEP, clocked_by
 from dream_hf.targets.target import Target
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import context_growth
 import engine

@@ -333,7 +333,7 @@ def test_snippets_of_the_card_of_a_text_only_target_run(hub, without_requirement
 def test_snippets_of_the_docs_run(hub, published_pair, without_requirements, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in python_blocks((Path(__file__).parents[1] / "docs" / "hub.md").read_text()):
+    for block in python_blocks((Path(__file__).parents[2] / "docs" / "hub.md").read_text()):
         exec(block, names)
     assert names["output"].shape[1] == names["inputs"]["input_ids"].shape[1] + 20
     assert json.loads(hub.read("org/dream-llava-v1.6-7b", "config.json"))["tree_depth"] == 5
