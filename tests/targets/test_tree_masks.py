@@ -508,7 +508,7 @@ def test_a_scaled_query_of_another_shape_is_an_error():
     tree = random_tree(1, 4, torch.Generator().manual_seed(0))
     scope = TreeScope(torch.tensor([3]), tree.depths, tree.ancestors)
     with view.taking_trees(), tree_scope(scope), pytest.raises(RuntimeError, match="scales queries"):
-        module.q_proj(torch.zeros(1, 4, module.q_proj[0].in_features))
+        module.q_proj(torch.zeros(1, 4, module.q_proj[0].in_features, dtype=target.dtype))
     module.attn_temperature_tuning = False
     with pytest.raises(ValueError, match="attn_temperature_tuning"):
         view.rescaled_attentions  # noqa: B018

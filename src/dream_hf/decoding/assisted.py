@@ -55,14 +55,15 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     def __init__(self, target: PreTrainedModel, drafter: Drafter, generation_config: GenerationConfig | None = None):
         plain_drafter: Any = unwrap(drafter)  # type: ignore[arg-type]
-        self.target, self.drafter = Target(target), plain_drafter.with_settings(tree_top_k=1)
+        self.target, self.drafter = Target(target), plain_drafter.plain
+        self._chains = plain_drafter.with_settings(tree_top_k=1)
         self.max_length = None if generation_config is None else generation_config.max_length
         self._scopes = ExitStack()
         self._record: DecoderRecord | None = None
         self._start()
 
     def __enter__(self) -> DreamCandidateGenerator:
-        needs = self.drafter.needs
+        needs = self._chains.needs
         self._record = self._scopes.enter_context(self.target.recording(needs.layers, needs.embeds))
         if needs.attention and self.target.visual_ids:
             self._scopes.enter_context(observe_attention([self.target.last_attention], self._observe))
@@ -133,17 +134,17 @@ class DreamCandidateGenerator(CandidateGenerator):
         """Begin with the prompt and the first token behind it."""
         if features is not None:
             self.target.learn_logit_rule(features[:, -1], model_outputs.logits[:, -1].to(features.device))
-        watch = PromptWatch(self.target, self.drafter, self._meter, embeds, features)
+        watch = PromptWatch(self.target, self._chains, self._meter, embeds, features)
         mask, ends = model_kwargs.get("attention_mask"), end_ids(self.target.model.generation_config)
         prefill = watch.prefill(input_ids[:, :-1], input_ids[:, -1:], mask, model_kwargs[CACHE], ends)
-        return self.drafter.start(prefill, self.drafter.settings)
+        return self._chains.start(prefill, self._chains.settings)
 
     def _draft(self, input_ids: torch.Tensor, session: DraftSession) -> torch.LongTensor:
         num_positions = getattr(self.target.text_config, "max_position_embeddings", None)
         length = input_ids.shape[1]
         limits = [self.max_length and self.max_length - length - 1, num_positions and num_positions - length]
         limits = [limit for limit in limits if limit is not None and limit >= 0]
-        max_depth = min([self.drafter.settings.tree_depth, *limits])
+        max_depth = min([self._chains.settings.tree_depth, *limits])
         chain = session.draft(input_ids[:, -1:], max_depth).likeliest_path(max_depth)
         if self._unusable_ids is not None:
             is_spoilt = torch.isin(chain, self._unusable_ids.to(chain.device))[0].nonzero().flatten().tolist()
