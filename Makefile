@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-OLDEST_TESTS := tests/test_losslessness.py tests/test_caches.py tests/test_attention.py tests/test_outputs.py
+OLDEST_TESTS := tests/decoding/test_losslessness.py tests/runtime/test_caches.py tests/targets/test_attention.py tests/targets/test_tree_masks.py \
+	tests/decoding/test_outputs.py tests/decoding/test_requests.py tests/decoding/test_continuation.py tests/decoding/test_candidate_generator.py tests/test_registration.py
 SOURCES := src tests examples benchmarks
 
 .venv/installed: constraints.txt pyproject.toml
@@ -16,7 +17,7 @@ demo: .venv/installed  ## Answer a question about a picture, plainly and specula
 test: .venv/installed  ## Run the tests on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
-test-oldest: .venv-oldest/installed  ## Run what depends on transformers most with the oldest one supported
+test-oldest: .venv-oldest/installed  ## Run the core of the tests with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses 2 $(OLDEST_TESTS)
 
 .venv-oldest/installed: constraints.txt pyproject.toml

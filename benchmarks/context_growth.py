@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ from engine_planting import make_plan
 from engine_report import aligned, describe_source
 from engine_rows import parse_tree
 from engine_shapes import SHAPES, Shape, make_drafter, make_prompt, make_target
-from engine_ways import Run, compiled_decoding, run_dream, run_plain
+from engine_ways import Run, run_dream, run_plain
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from dream_hf import DreamDrafter
-from dream_hf.decoding import loop as generation
+from dream_hf.compat import CACHE
+from dream_hf.decoding.drafter import DrafterAround, DraftSession, Prefill, Verified
+from dream_hf.decoding.settings import DraftSettings
+from dream_hf.decoding.tree import DraftTree
 
 TAU = 3.0
 SMALL = Shape(
@@ -86,8 +89,8 @@ def measure_time(target: Any, drafter: DreamDrafter, context: int, options: argp
     prompt = make_prompt(target, context, options.batch)
     plan = make_plan(TAU, drafter.config.tree_depth, num_tokens, options.batch)
     plain = fastest(lambda: run_plain(target, prompt, num_tokens, options.compiled), options.repeats)
-    with compiled_decoding(drafter) if options.compiled else nullcontext():
-        dream = fastest(lambda: run_dream(target, drafter, plain.sequences, context, plan), options.repeats)
+    drafting = drafter.with_settings(compile=options.compiled)
+    dream = fastest(lambda: run_dream(target, drafting, plain.sequences, context, plan), options.repeats)
     is_as_planned = dream.gains is not None and torch.equal(dream.gains.cpu(), plan + 1)
     figures: Figures = {
         "context": context,
@@ -114,11 +117,12 @@ def measure_memory(target: Any, drafter: DreamDrafter, options: argparse.Namespa
     prompt = make_prompt(target, context, options.batch)
     texts = run_plain(target, prompt, num_tokens).sequences
     plan = make_plan(TAU, drafter.config.tree_depth, num_tokens, options.batch)
-    samples: list[Figures] = []
     gc.collect()  # what earlier measurements left in cycles
     before = live_bytes()
-    with sampling(samples, max(plan.shape[1] // options.samples, 1)):
-        run_dream(target, drafter, texts, context, plan)
+    cache = DynamicCache(config=target.config)
+    sampling = SamplingDrafter(drafter, cache, max(plan.shape[1] // options.samples, 1))
+    run_dream(target, sampling, texts, context, plan, **{CACHE: cache})
+    samples = sampling.samples
     for sample in samples:
         sample["other_bytes"] = (
             sample.pop("live_bytes") - before - sample["target_cache_bytes"] - sample["drafter_cache_bytes"]
@@ -135,29 +139,49 @@ def measure_memory(target: Any, drafter: DreamDrafter, options: argparse.Namespa
     }
 
 
-@contextmanager
-def sampling(samples: list[Figures], every: int) -> Iterator[None]:
-    """Note what is alive before every so many steps while in the block."""
-    draft = generation._Decoding._draft
-    steps = iter(range(10**9))
+class SamplingDrafter(DrafterAround):
+    """Notes what is alive before every so many drafts of one call of `generate()`.
 
-    def drafting(self: Any) -> Any:
-        if next(steps) % every == 0:
-            samples.append(
+    Args:
+        drafter (`DreamDrafter`): Drafts.
+        target_cache (`Cache`): The target's in that call.
+        every (`int`): Drafts from one sample to the next.
+    """
+
+    def __init__(self, drafter: DreamDrafter, target_cache: Cache, every: int):
+        super().__init__(drafter)
+        self.target_cache, self.every = target_cache, every
+        self.samples: list[Figures] = []
+
+    def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
+        return _SamplingSession(self, super().start(prefill, settings))
+
+
+class _SamplingSession(DraftSession):
+    """A session of a [`SamplingDrafter`], around a drafter's own."""
+
+    def __init__(self, sampling: SamplingDrafter, inner: Any):
+        self.sampling, self.inner = sampling, inner
+        self.num_drafts = 0
+        self.generated: list[int] = []  # by row, but for the first token
+
+    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+        if self.num_drafts % self.sampling.every == 0:
+            self.inner.levels()  # reads what the last step gained, which waits outside the cache until then
+            self.sampling.samples.append(
                 {
-                    "generated": max(self.texts.lengths) - self.texts.prompt_length,
+                    "generated": 1 + max(self.generated, default=0),
                     "live_bytes": live_bytes(),
-                    "target_cache_bytes": buffer_bytes(self.cache),
-                    "drafter_cache_bytes": buffer_bytes(self.state.cache),
+                    "target_cache_bytes": buffer_bytes(self.sampling.target_cache),
+                    "drafter_cache_bytes": buffer_bytes(self.inner.state.cache),
                 }
             )
-        return draft(self)
+        self.num_drafts += 1
+        return self.inner.draft(root_tokens, max_depth)
 
-    generation._Decoding._draft = drafting  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        generation._Decoding._draft = draft  # type: ignore[method-assign]
+    def read(self, verified: Verified) -> None:
+        self.generated = [sum(pair) for pair in zip_longest(self.generated, verified.counts, fillvalue=0)]
+        self.inner.read(verified)
 
 
 def live_bytes() -> int:
@@ -176,7 +200,7 @@ def buffer_bytes(cache: Any) -> int:
 def plain_cache_bytes(target: Any, batch: int) -> int:
     """What one more token adds to a plain cache, sliding windows aside."""
     cache = DynamicCache(config=target.config)
-    target(input_ids=make_prompt(target, 1, batch), past_key_values=cache)
+    target(input_ids=make_prompt(target, 1, batch), **{CACHE: cache})
     return buffer_bytes(cache)
 
 

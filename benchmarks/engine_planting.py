@@ -8,16 +8,17 @@ else the drafter happened to guess right, by a token the target will not say. Sh
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dream_hf.benchmark.measure import synchronize
-from dream_hf.decoding import loop as generation
+from dream_hf.decoding.drafter import Drafter, DrafterAround, DraftSession, Prefill, Verified
+from dream_hf.decoding.settings import DraftSettings
 from dream_hf.decoding.tree import DraftTree
+from dream_hf.runtime.phases import phase
+
+PLANTING = "planting"  # a phase that only this benchmark has
 
 
 def accept_probability(tau: float, depth: int) -> float:
@@ -76,47 +77,52 @@ def plant(tree: DraftTree, continuation: Tensor, accepted: Tensor, vocab_size: i
     return DraftTree(tokens, tree.parents, tree.depths, tree.ancestors, tree.max_depth)
 
 
-class Planting:
+class PlantingDrafter(DrafterAround):
     """Lets drafts be accepted as planned in one call of `generate()`, the one that generates `texts` anew.
 
     Args:
+        drafter (`Drafter`): Drafts, and reads what is gained.
         texts (`torch.LongTensor` of shape `(B, length)`): The prompts and their greedy continuations.
         prompt_length (`int`): Tokens of a prompt.
         plan (`torch.LongTensor` of shape `(B, steps)`): From [`make_plan`].
-        depth (`int`): Of the trees.
         num_skipped (`int`): Steps before `started_at`.
     """
 
-    def __init__(self, texts: Tensor, prompt_length: int, plan: Tensor, depth: int, num_skipped: int = 0):
+    def __init__(self, drafter: Drafter, texts: Tensor, prompt_length: int, plan: Tensor, num_skipped: int = 0):
+        super().__init__(drafter)
         gained = plan + 1
         roots = prompt_length + gained.cumsum(-1) - gained  # (B, steps); the first one comes out of the prefill
-        ahead = (roots[..., None] + torch.arange(depth + 1)).clamp(max=texts.shape[1] - 1).to(texts.device)
+        steps = torch.arange(drafter.settings.tree_depth + 1)
+        ahead = (roots[..., None] + steps).clamp(max=texts.shape[1] - 1).to(texts.device)
         rows = torch.arange(texts.shape[0], device=texts.device)[:, None, None]
         self.continuations = texts[rows, ahead].transpose(0, 1).contiguous()  # (steps, B, depth + 1)
         self.accepted = plan.T.contiguous().to(texts.device)
         self.num_skipped = num_skipped
         self.num_steps = 0
         self.started_at = 0.0  # when the device had done all before step `num_skipped`
-        self.state: Any = None  # the drafter's, of the last step
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Plant into all trees that are drafted while in the block."""
-        drafted = generation.grow_tree
+    def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
+        vocab_size = prefill.target.text_config.vocab_size
+        return _PlantingSession(self, super().start(prefill, settings), vocab_size)
 
-        def grow_tree(state: Any, head: Any, root_tokens: Tensor, config: Any, max_depth: int | None) -> DraftTree:
-            step = self.num_steps
-            if step == self.num_skipped:
-                synchronize(root_tokens.device)
-                self.started_at = time.perf_counter()
-            self.num_steps, self.state = step + 1, state
-            tree = drafted(state, head, root_tokens, config)  # a whole one, also where the text ends soon
-            if step >= len(self.accepted):  # some step was accepted less far than planned, which the caller will see
-                return tree
-            return plant(tree, self.continuations[step], self.accepted[step], config.vocab_size)
 
-        generation.grow_tree = grow_tree
-        try:
-            yield
-        finally:
-            generation.grow_tree = drafted
+class _PlantingSession(DraftSession):
+    """A session of a [`PlantingDrafter`], around one that drafts."""
+
+    def __init__(self, planting: PlantingDrafter, inner: DraftSession, vocab_size: int):
+        self.planting, self.inner, self.vocab_size = planting, inner, vocab_size
+
+    def draft(self, root_tokens: Tensor, max_depth: int | None = None) -> DraftTree:
+        planting, step = self.planting, self.planting.num_steps
+        if step == planting.num_skipped:
+            synchronize(root_tokens.device)
+            planting.started_at = time.perf_counter()
+        planting.num_steps += 1
+        tree = self.inner.draft(root_tokens)  # a whole one, also where the text ends soon
+        if step >= len(planting.accepted):  # some step was accepted less far than planned, which the caller will see
+            return tree
+        with phase(PLANTING):
+            return plant(tree, planting.continuations[step], planting.accepted[step], self.vocab_size)
+
+    def read(self, verified: Verified) -> None:
+        self.inner.read(verified)

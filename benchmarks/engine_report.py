@@ -15,7 +15,7 @@ import torch
 from engine_rows import WAYS, Settings
 
 from dream_hf.benchmark.provenance import describe_machine
-from dream_hf.regeneration.journal import write_whole
+from dream_hf.regeneration.journal import difference, write_whole
 from dream_hf.version import __version__
 
 NOTE = (
@@ -73,12 +73,14 @@ class Results:
         if self.file is None or not self.file.is_file():
             return
         begun = json.loads(self.file.read_text(encoding="utf-8"))
-        for name in ("machine", "versions", "settings"):
-            if begun["provenance"][name] != self.provenance[name]:
-                raise ValueError(
-                    f"`output` ({self.file.name!r}) was begun with `{name}` {begun['provenance'][name]} and now it is "
-                    f"{self.provenance[name]}. Name another file, or remove this one."
-                )
+        names = ("machine", "versions", "settings")
+        changed = difference(
+            *({name: each[name] for name in names} for each in (begun["provenance"], self.provenance))
+        )
+        if changed is not None:
+            raise ValueError(
+                f"`output` ({self.file.name!r}) was begun with {changed}. Name another file, or remove this one."
+            )
         self.provenance, self.rows = begun["provenance"], begun["rows"]
 
     def has(self, shape: str, prompt_length: int, batch: int) -> bool:

@@ -6,18 +6,19 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from engine_floor import Bytes, cache_bytes, count_bytes
 from engine_planting import make_plan
 from engine_shapes import make_prompt
-from engine_ways import NUM_SKIPPED, Run, compiled_decoding, run_dream, run_plain, split_step, why_not_compiled
+from engine_ways import NUM_SKIPPED, Run, run_dream, run_plain, split_step, why_not_compiled
 from torch import Tensor
 from transformers.utils import logging
 
 from dream_hf import DreamDrafter
+from dream_hf.decoding.drafter import Drafter
 
 logger = logging.get_logger(__name__)
 
@@ -148,14 +149,13 @@ class _Dream:
     """Decoding `texts` (B, length) with trees."""
 
     target: Any
-    drafter: DreamDrafter
+    drafter: Drafter
     texts: Tensor
     prompt_length: int
     settings: Settings
 
     def compiled_figures(self) -> Figures:
-        with compiled_decoding(self.drafter):
-            figures = self.figures()
+        figures = replace(self, drafter=self.drafter.with_settings(compile=True)).figures()
         reason = why_not_compiled(self.target)
         return figures if reason is None else {"error": f"not compiled: {reason}"}
 

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import engine_planting
 import torch
+from engine_planting import PLANTING, PlantingDrafter
 from torch import Tensor
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
-from dream_hf import DreamDrafter
+from dream_hf.benchmark.clocks import clocked
 from dream_hf.benchmark.measure import peak_memory, synchronize
-from dream_hf.benchmark.phases import PhaseClock, find_function
+from dream_hf.decoding.drafter import Drafter
 from dream_hf.runtime.compilation import Settings as Compiler
 from dream_hf.runtime.compilation import compiled_function, missing_compiler, run_model, uncompilable
+from dream_hf.runtime.phases import DRAFTER, GROWTH, STEP, TARGET
 
 NUM_SKIPPED = 3  # forwards before the clock starts: graphs are recorded, and buffers made, in the first ones
 
-# Where a step's time goes. What runs inside another part counts for itself only.
-PARTS = {
-    "generation:_Decoding.step": "rest",
-    "generation:_Decoding._forward": "target",
-    "generation:grow_tree": "drafter",
-    "drafting:DrafterState.read_on": "drafter",
-}
+# Where a step's time goes, by its own phases. Reading on and growing a tree are both the drafter's.
+PARTS = {TARGET: "target", GROWTH: "drafter", DRAFTER: "drafter", PLANTING: "planting"}
 
 
 @dataclass(frozen=True)
@@ -99,11 +93,14 @@ def run_plain(target: Any, prompt: Tensor, num_tokens: int, is_compiled: bool = 
     )
 
 
-def run_dream(target: Any, drafter: DreamDrafter, texts: Tensor, prompt_length: int, plan: Tensor) -> Run:
-    """Generate `texts` (B, length) anew with drafted trees, accepted as in `plan` (B, steps)."""
+def run_dream(target: Any, drafter: Drafter, texts: Tensor, prompt_length: int, plan: Tensor, **options: Any) -> Run:
+    """Generate `texts` (B, length) anew with drafted trees, accepted as in `plan` (B, steps).
+
+    `options` are further arguments of `generate()`.
+    """
     prompt = texts[:, :prompt_length]
-    planting = engine_planting.Planting(texts, prompt_length, plan, drafter.config.tree_depth, NUM_SKIPPED)
-    with peak_memory(target.device) as peak, planting.at_work():
+    planting = PlantingDrafter(drafter, texts, prompt_length, plan, NUM_SKIPPED)
+    with peak_memory(target.device) as peak:
         synchronize(target.device)
         start = time.perf_counter()
         output = target.generate(
@@ -111,8 +108,9 @@ def run_dream(target: Any, drafter: DreamDrafter, texts: Tensor, prompt_length: 
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=texts.shape[1] - prompt_length,
             do_sample=False,
-            assistant_model=drafter,
+            assistant_model=planting,
             return_dict_in_generate=True,
+            **options,
         )
         synchronize(target.device)
         end = time.perf_counter()
@@ -126,27 +124,19 @@ def run_dream(target: Any, drafter: DreamDrafter, texts: Tensor, prompt_length: 
     )
 
 
-def split_step(
-    target: Any, drafter: DreamDrafter, texts: Tensor, prompt_length: int, plan: Tensor
-) -> dict[str, float]:
+def split_step(target: Any, drafter: Drafter, texts: Tensor, prompt_length: int, plan: Tensor) -> dict[str, float]:
     """Shares of a step: the target, drafting, planting (which only this benchmark does) and the rest.
 
     The device is waited for at every border.
     """
-    with _parts_clocked(target.device) as clock:
+    with clocked(target, drafter) as clock:
         run_dream(target, drafter, texts, prompt_length, plan)
-    total = sum(clock.seconds.values())
-    return {part: clock.seconds[part] / total for part in ("target", "drafter", "rest", "planting")}
-
-
-@contextmanager
-def compiled_decoding(drafter: DreamDrafter) -> Iterator[None]:
-    """Switch compiled decoding on while in the block."""
-    drafter.config.compile = True
-    try:
-        yield
-    finally:
-        drafter.config.compile = False
+    seconds = dict.fromkeys(("target", "drafter", "rest", "planting"), 0.0)
+    for path, spent in clock.seconds.items():
+        if path[0] == STEP:
+            seconds[PARTS.get(path[1], "rest") if len(path) > 1 else "rest"] += spent
+    total = sum(seconds.values())
+    return {part: spent / total for part, spent in seconds.items()}
 
 
 def why_not_compiled(target: Any) -> str | None:
@@ -164,14 +154,3 @@ def _compile_config(device: torch.device) -> CompileConfig:
     config = CompileConfig(mode="default")
     config._compile_all_devices = True  # type: ignore[assignment]
     return config
-
-
-@contextmanager
-def _parts_clocked(device: torch.device) -> Iterator[PhaseClock]:
-    clock = PhaseClock(device)
-    with ExitStack() as stack:
-        functions = [(*find_function(address), part) for address, part in PARTS.items()]
-        for owner, name, part in [*functions, (engine_planting, "plant", "planting")]:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, clock.timed(getattr(owner, name), part))
-        yield clock

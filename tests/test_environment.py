@@ -15,7 +15,7 @@ from torch import nn
 
 from dream_hf import dream_chain_generate, dream_generate
 from dream_hf.data.prompts import PromptEncoder
-from dream_hf.decoding import requests
+from dream_hf.drafters.dream import checks
 from dream_hf.load_models import _load_processor
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_other_missing_packages_are_reported_as_they_are():
 def warnings(monkeypatch):
     """What `warning_once` was asked to say, each message once."""
     said = set()
-    monkeypatch.setattr(requests.logger, "warning_once", said.add)
+    monkeypatch.setattr(checks.logger, "warning_once", said.add)
     return said
 
 
@@ -123,7 +123,7 @@ class Model(nn.Module):
     ],
 )
 def test_where_a_drafter_may_lie(target, drafter, is_told, warnings):
-    requests._check_place(target, drafter)
+    checks._check_place(target, drafter)
     assert len(warnings) == is_told
 
 

@@ -73,6 +73,10 @@ ORDERS = [
     "import dream_hf; from transformers import AutoModelForImageTextToText",
     "import dream_hf; dream_hf.DreamDrafter",
     "from transformers import LlavaForConditionalGeneration; import dream_hf",
+    "import transformers.generation.utils, dream_hf",
+    "import transformers.models.auto.configuration_auto, dream_hf",
+    "import dream_hf, transformers.models.auto.modeling_auto; dream_hf.DreamDrafter",
+    "import dream_hf.decoding.drafter",
 ]
 
 
@@ -98,6 +102,25 @@ def test_every_public_name_exists():
         assert name in dir(dream_hf)
     with pytest.raises(AttributeError, match="no attribute 'DreamDraughter'"):
         dream_hf.DreamDraughter  # noqa: B018
+
+
+def test_old_places_of_public_names_stay():
+    code = (
+        "from dream_hf.compression import compress_text; from dream_hf.conversion import convert_checkpoint; "
+        "from dream_hf.hub import PushReport, push_drafter; from dream_hf.benchmark import tune; "
+        "from dream_hf.benchmark.rewrite import rewrite; from dream_hf.demo import load_pair, make_rows, score_answer; "
+        "from dream_hf.demo.pair import load_pair as same; from dream_hf.load_models import load_models; "
+        "from dream_hf.drafters.dream import compression, conversion, push; assert load_pair is same; "
+        "assert compress_text is compression.compress_text and convert_checkpoint is conversion.convert_checkpoint; "
+        "assert push_drafter is push.push_drafter and PushReport is push.PushReport"
+    )
+    assert run(code) == ""
+    import dream_hf.hub
+
+    with pytest.raises(AttributeError, match=r"'dream_hf.hub' has no attribute 'pull_drafter'"):
+        dream_hf.hub.pull_drafter  # noqa: B018
+    for name in ("compression", "conversion"):  # each from a fresh process, before anything else of the package
+        assert run(f"import dream_hf.{name} as old; [getattr(old, each) for each in old.__all__]") == ""
 
 
 def test_auto_classes_after_importing_the_package_alone(target, inputs, drafter, tmp_path):
@@ -208,7 +231,7 @@ def test_the_name_of_an_assistant_is_no_assistant(target, inputs, name):
     message = r"`assistant_model` \('some/folder'\).*`DreamDrafter.from_pretrained\('some/folder'\)`"
     with pytest.raises(TypeError, match=message):
         generate(target, inputs, assistant_model=name)
-    with pytest.raises(TypeError, match=r"`drafter` is a `\w+`; pass a `DreamDrafter`"):
+    with pytest.raises(TypeError, match=r"`drafter` is a `\w+`; pass a drafter, for example `DreamDrafter"):
         generate(target, inputs, custom_generate=dream_hf.dream_generate, drafter=name)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registration import lazy_attribute, register, unregister
+from .registration import register, unregister
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ __all__ = [*_MODULES, "__version__", "register", "unregister"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    value = lazy_attribute(__name__, _MODULES, name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

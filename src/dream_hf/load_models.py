@@ -14,6 +14,7 @@ from transformers.utils import find_adapter_config_file
 from .drafters.dream.drafter import DreamDrafter
 
 DEMO = "demo"
+BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,12 @@ def load_models(
         ImportError: The target's processor needs a package that is not installed.
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
-    source = _demo_folder("target") if target == DEMO else target
-    model, processor = _load_target(source, pick_dtype(dtype), revision, attn_implementation, device_map)
+    target_source, drafter_source = _source(target, "target"), _source(drafter, "drafter")
+    model, processor = _load_target(target_source, pick_dtype(dtype), revision, attn_implementation, device_map)
     model = model.eval()
     if drafter is None:
         return Models(model, processor, None)
-    source = _demo_folder("drafter") if drafter == DEMO else drafter
-    loaded: Any = DreamDrafter.from_pretrained(source, dtype=model.dtype, revision=drafter_revision)
+    loaded: Any = DreamDrafter.from_pretrained(drafter_source, dtype=model.dtype, revision=drafter_revision)
     return Models(model, processor, loaded.to(model.device).eval())
 
 
@@ -153,8 +153,14 @@ def _load_processor(processor_class: Any, source: str | Path, revision: str | No
         ) from error
 
 
-def _demo_folder(name: str) -> Path:
-    from .demo import pair
-
-    pair.check_weights(name)
-    return pair.TARGET if name == "target" else pair.DRAFTER
+def _source(name: Any, kind: str) -> Any:
+    """What to load a target or a drafter from: `name`, and the bundled folder for `DEMO`."""
+    if name != DEMO:
+        return name
+    for file in ("config.json", "model.safetensors"):
+        if not (BUNDLED[kind] / file).is_file():
+            raise FileNotFoundError(
+                f"The bundled demo {kind} is incomplete: this copy of the package came without demo/{kind}/{file}. "
+                f"Install a released package, train the pair with examples/demo_pair, or name your own with --{kind}."
+            )
+    return BUNDLED[kind]

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from functools import wraps
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from os import PathLike
 from types import ModuleType
@@ -173,40 +173,28 @@ _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs an action right after one of the modules in `_ACTIONS` has been imported."""
+    """Runs an action right after one of the modules in `_ACTIONS` has been imported.
+
+    Importing these modules here instead would import torch, a second or more, for programs that need neither.
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname not in _ACTIONS:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _ActingLoader(spec.loader, _ACTIONS[fullname])
-                return spec
-        return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            loader.exec_module = _followed_by(loader.exec_module, _ACTIONS[fullname])
+        return spec
 
 
-class _ActingLoader(Loader):
-    def __init__(self, loader: Loader, action: Callable[[ModuleType], None]):
-        self.loader, self.action = loader, action
+def _followed_by(exec_module: Callable[[ModuleType], None], action: Callable[[ModuleType], None]) -> Callable:
+    def exec_and_act(module: ModuleType) -> None:
+        exec_module(module)
+        action(module)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        self.action(module)
-
-    def __getattr__(self, name: str) -> Any:  # resources, source code and the like come from the real loader
-        return getattr(self.loader, name)
+    return exec_and_act
 
 
 _finder = _AfterImport()
-
-
-def lazy_attribute(package: str, modules: dict[str, str], name: str) -> Any:
-    """Import the attribute `name` of a package whose `modules` say where its public names live."""
-    if name not in modules:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)

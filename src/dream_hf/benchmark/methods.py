@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from transformers.generation.configuration_utils import CompileConfig
 
-from ..decoding import loop as generation
-from ..drafters.dream.configuration import DreamConfig
+from ..decoding.drafter import Drafter
 from ..drafters.dream.drafter import DreamDrafter
+from ..drafters.dream.reading import Reading
 from ..targets.target import VISUAL_TOKEN_IDS, unwrap
+from .blind import BlindDrafter
 
 COMPILED_METHODS = ("plain_compiled", "dream_tree_compiled")
 METHODS = ("plain", "plain_static", "prompt_lookup", "assisted", "dream_chain", "dream_tree", *COMPILED_METHODS)
 PROMPT_LOOKUP_TOKENS = 10
 BLIND = "dream_tree blind"
+READING = [field.name for field in fields(Reading)]
 Tree = tuple[int, int, int]  # depth, top_k, size
 
 
@@ -30,7 +30,7 @@ class Method:
     Args:
         name (`str`): What results call it.
         arguments (`Mapping`): For `generate()`.
-        drafting (`Mapping`): Decoding defaults of the drafter that it changes while it runs.
+        drafting (`Mapping`): How its drafter drafts and what it reads, where that is not as the drafter's config says.
         is_blind (`bool`): The drafter sees blanks in place of the prompt's visual tokens.
     """
 
@@ -39,41 +39,21 @@ class Method:
     drafting: Mapping[str, Any] = field(default_factory=dict)
     is_blind: bool = False
 
-    @contextmanager
-    def ready(
-        self, target: Any, inputs: Mapping[str, Any], temperature: float, max_new_tokens: int
-    ) -> Iterator[dict[str, Any]]:
-        """All arguments for `generate()` at this temperature; the drafter is set up while in the block."""
-        drafter = self.arguments.get("assistant_model")
-        config = drafter.config if isinstance(drafter, DreamDrafter) else None
-        before = {name: getattr(config, name) for name in self.drafting}
-        for name, value in self.drafting.items():
-            setattr(config, name, value)
-        try:
-            with blinded() if self.is_blind else nullcontext():
-                yield {**self.arguments, **sampling(temperature), "max_new_tokens": max_new_tokens}
-        finally:
-            for name, value in before.items():
-                setattr(config, name, value)
+    def ready(self, temperature: float, max_new_tokens: int) -> dict[str, Any]:
+        """All arguments for `generate()` at this temperature; the drafter among them drafts as the method says."""
+        arguments = {**self.arguments, **sampling(temperature), "max_new_tokens": max_new_tokens}
+        drafter = arguments.get("assistant_model")
+        if isinstance(drafter, DreamDrafter):
+            arguments["assistant_model"] = self._set_up(drafter)
+        return arguments
 
-
-@contextmanager
-def blinded() -> Iterator[None]:
-    """Let drafters read zeros, embeddings and features alike, at the visual tokens of prompts.
-
-    Not by hooks on the drafter's modules, which would make it decode more slowly.
-    """
-    original = generation.compress_text
-
-    def blank(embeds: torch.Tensor, features: torch.Tensor, real: Any, is_visual: torch.Tensor, *how: Any) -> Any:
-        is_text = ~is_visual[..., None]
-        return original(embeds * is_text.to(embeds.device), features * is_text, real, is_visual, *how)
-
-    generation.compress_text = blank  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        generation.compress_text = original
+    def _set_up(self, drafter: DreamDrafter) -> Drafter:
+        """The drafter as this method has it; the one it was made from is not changed."""
+        reading = {name: value for name, value in self.drafting.items() if name in READING}
+        settings = {name: value for name, value in self.drafting.items() if name not in READING}
+        made: Drafter = drafter.with_reading(**reading) if reading else drafter
+        made = made.with_settings(**settings) if settings else made
+        return BlindDrafter(made) if self.is_blind else made
 
 
 def sampling(temperature: float) -> dict[str, Any]:
@@ -119,8 +99,8 @@ def make_methods(
     drafter = None if drafter is None else unwrap(drafter)  # type: ignore[assignment]
     methods = [_make(name, target, drafter, assistant) for name in METHODS if name in {*names, "plain"}]
     if drafter is not None:
-        methods += [_tree(drafter, f"dream_tree {d}/{k}/{n}", _shape(drafter.config, d, k, n)) for d, k, n in trees]
-        methods += [_tree(drafter, f"dream_tree keep={r:g}", _keep(drafter.config, r)) for r in keep_ratios]
+        methods += [_tree(drafter, f"dream_tree {d}/{k}/{n}", _shape(d, k, n)) for d, k, n in trees]
+        methods += [_tree(drafter, f"dream_tree keep={r:g}", {"visual_keep_ratio": r}) for r in keep_ratios]
     if with_blind:
         methods.append(replace(_tree(drafter, BLIND, {"visual_keep_ratio": 1.0}), is_blind=True))  # type: ignore[arg-type]
     return methods
@@ -141,7 +121,7 @@ def _make(name: str, target: Any, drafter: DreamDrafter | None, assistant: Any) 
         depth = drafter.config.tree_depth
         if name == "dream_tree_compiled":
             return _tree(drafter, name, {"compile": True})
-        return _tree(drafter, name, _shape(drafter.config, depth, 1, depth) if name == "dream_chain" else {})
+        return _tree(drafter, name, _shape(depth, 1, depth) if name == "dream_chain" else {})
     return Method(name)
 
 
@@ -158,21 +138,11 @@ def _visual_token_ids(target: Any) -> list[int]:
 
 
 def _tree(drafter: DreamDrafter, name: str, drafting: Mapping[str, Any]) -> Method:
-    return Method(name, {"assistant_model": drafter, "return_dict_in_generate": True}, drafting)
+    """A method with the drafter; a `ValueError` for values that it cannot draft with."""
+    method = Method(name, {"assistant_model": drafter, "return_dict_in_generate": True}, drafting)
+    drafter.config.check_width(method._set_up(drafter).settings)
+    return method
 
 
-def _shape(config: DreamConfig, depth: int, top_k: int, size: int) -> dict[str, Any]:
-    drafting = {"tree_depth": depth, "tree_top_k": top_k, "tree_size": size}
-    _check(config, drafting)
-    return drafting
-
-
-def _keep(config: DreamConfig, ratio: float) -> dict[str, Any]:
-    drafting = {"visual_keep_ratio": ratio}
-    _check(config, drafting)
-    return drafting
-
-
-def _check(config: DreamConfig, drafting: Mapping[str, Any]) -> None:
-    """Let the config judge values it would be given later on."""
-    DreamConfig(**{**config.to_dict(), **drafting}).check_drafting()
+def _shape(depth: int, top_k: int, size: int) -> dict[str, Any]:
+    return {"tree_depth": depth, "tree_top_k": top_k, "tree_size": size}

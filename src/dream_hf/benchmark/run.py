@@ -11,12 +11,11 @@ from transformers.utils import logging
 from ..data.prompts import PromptEncoder
 from ..drafters.dream.drafter import DreamDrafter
 from .methods import Method
-from .phases import profile_steps
 from .plots import write_plots
+from .profiling import profile_steps, time_shares
 from .provenance import describe_run
 from .report import make_rows, write_results
 from .runner import Settings, collect
-from .shares import time_shares
 from .tasks import Prompt
 
 logger = logging.get_logger(__name__)
@@ -68,18 +67,11 @@ def run_benchmark(
     drafting = {method.name: dict(method.drafting) for method in methods}
     for row in [*rows, *overall]:
         row["drafting"] = drafting[row["method"]]
-
     working = [method for method in methods if method.name not in samples.failures]
     _add_shares(rows, target, PromptEncoder(processor), working, prompts, settings, num_share_prompts)
+    said = ("seed", "max_new_tokens", "num_warmup", "batch_size", "repeats")
     results = {
-        "provenance": {
-            **provenance,
-            "seed": settings.seed,
-            "max_new_tokens": settings.max_new_tokens,
-            "num_warmup": settings.num_warmup,
-            "batch_size": settings.batch_size,
-            "repeats": settings.repeats,
-        },
+        "provenance": {**provenance, **{name: getattr(settings, name) for name in said}},
         "rows": rows,
         "overall": overall,
         "failed_methods": samples.failures,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,14 +13,14 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.prompts import PromptEncoder
-from ..regeneration.journal import append, cut_unfinished_line, entries, write_whole
+from ..regeneration.journal import append, begin_folder, cut_unfinished_line, entries
 from .measure import Measurement, measure
 from .methods import Method
 from .tasks import Prompt
 
 logger = logging.get_logger(__name__)
 
-SAMPLES, SETTINGS = "samples.jsonl", "settings.json"
+SAMPLES = "samples.jsonl"
 Key = tuple[float, str, int]  # temperature, task, row of the task (of a batch, the first one's)
 Batch = Sequence[Prompt]
 
@@ -89,7 +88,7 @@ def collect(
     """
     settings.check()
     names = [method.name for method in methods]
-    _check_identity(output, {**asdict(settings), "methods": names, **identity})
+    begin_folder(output, {**asdict(settings), "methods": names, **identity})
     encoder = PromptEncoder(processor)
     samples = Samples(_read(output / SAMPLES))
     batches = make_batches(prompts, settings.batch_size)
@@ -167,8 +166,8 @@ def _run_all(
         for method in _ordered(working.methods, turn * repeats + repeat):
             torch.manual_seed(settings.seed + batch[0].index)
             try:
-                with method.ready(target, inputs, temperature, settings.max_new_tokens) as arguments:
-                    runs.setdefault(method.name, []).append(measure(target, inputs, arguments))
+                arguments = method.ready(temperature, settings.max_new_tokens)
+                runs.setdefault(method.name, []).append(measure(target, inputs, arguments))
             except Exception as error:  # whatever a target's own code raises for a method it was not made for
                 working.drop(method, error)
     return runs
@@ -179,21 +178,6 @@ def _ordered(methods: Sequence[Method], turn: int) -> list[Method]:
     rounds, start = divmod(turn, len(methods))
     order = [*methods[start:], *methods[:start]]
     return order[::-1] if rounds % 2 else order
-
-
-def _check_identity(output: Path, identity: Mapping[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    file, wanted = output / SETTINGS, json.loads(json.dumps(identity))
-    if not file.is_file():
-        write_whole(file, json.dumps(wanted, indent=2).encode())
-        return
-    begun = json.loads(file.read_text(encoding="utf-8"))
-    for name in sorted(begun.keys() | wanted.keys()):
-        if begun.get(name) != wanted.get(name):
-            raise ValueError(
-                f"`output` ({output.name!r}) was begun with `{name}` {begun.get(name)!r} and now it is "
-                f"{wanted.get(name)!r}. Name another folder, or empty this one."
-            )
 
 
 def _read(file: Path) -> dict[Key, dict[str, list[Measurement]]]:

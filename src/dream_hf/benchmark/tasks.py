@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversations import parse_row, with_messages
-from ..data.rows import FILE_SUFFIXES, RowSource, open_rows
+from ..data.rows import FILE_SUFFIXES, RowSource, import_datasets, open_rows
 from ..demo.rows import TASKS as DEMO_TASKS
 from ..demo.rows import TRAIN_SEED_LIMIT, make_rows
 from .public_sets import PUBLIC_SETS
@@ -71,10 +71,7 @@ def _open_public(name: str, source: str, revision: str | None) -> RowSource:
         return open_rows(source, name="task")
     if not source and public.hub_id is None:
         raise ValueError(f"`task` ({name!r}) has no known Hub id. {public.note} Then name it {name}=FILE.jsonl.")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"`task` ({name!r}) is read with the `datasets` package: `pip install datasets`.") from error
+    datasets = import_datasets(f"`task` ({name!r})")
     try:
         loaded = datasets.load_dataset(
             source or public.hub_id, split=public.split, revision=revision, data_files=None if source else public.files

@@ -74,13 +74,11 @@ def compare(
     """
     methods = make_methods(["plain", "dream_tree"], target, drafter)
     for method in methods:
-        with method.ready(target, inputs, 0.0, WARMUP_TOKENS) as arguments:
-            measure(target, inputs, arguments)
+        measure(target, inputs, method.ready(0.0, WARMUP_TOKENS))
     runs: list[list[Measurement]] = [[], []]
     for turn in range(-1 if any(streams) else 0, repeats):
         for method, stream, own in zip(methods, streams, runs, strict=True):
-            with method.ready(target, inputs, 0.0, max_new_tokens) as arguments:
-                run = measure(target, inputs, arguments, stream if turn < 0 else None)
+            run = measure(target, inputs, method.ready(0.0, max_new_tokens), stream if turn < 0 else None)
             if turn >= 0:
                 own.append(run)
     plain, dream = runs

@@ -80,17 +80,12 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from ..load_models import load_models, pick_device, pick_dtype
+    from ..load_models import DEMO, load_models, pick_dtype
 
-    if args.target is not None:
-        models = load_models(args.target, args.drafter, dtype=args.dtype, device=args.device)
-        return models.target, models.drafter, models.processor
-    from ..demo.pair import load_pair
-
-    dtype = pick_dtype(args.dtype)
-    if isinstance(dtype, str):
+    if args.target is None and isinstance(pick_dtype(args.dtype), str):
         raise ValueError(f"`--dtype` ({args.dtype!r}) must be float32, bfloat16 or float16 for the bundled pair.")
-    return load_pair(dtype, pick_device(args.device))
+    models = load_models(args.target or DEMO, args.drafter or DEMO, dtype=args.dtype, device=args.device)
+    return models.target, models.drafter, models.processor
 
 
 def _picture(args: argparse.Namespace) -> tuple[Any, str]:

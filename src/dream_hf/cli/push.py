@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Upload, or show what would be."""
-    from ..drafters.push import push_drafter
+    from ..drafters.dream.push import push_drafter
 
     report = push_drafter(
         args.folder,

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tune",
         action="store_true",
         help="find the tree (depth, top-k, size, thresholds) and the point below which not to draft that are fastest on "
-        f"this machine; --output gets {FILE}. {NUM_PROMPTS} prompts of each task and {MAX_NEW_TOKENS} tokens unless given",
+        f"this machine; --output gets {FILE}, and started again after a stop it goes on. {NUM_PROMPTS} prompts of each task "
+        f"and {MAX_NEW_TOKENS} tokens unless given",
     )
     group.add_argument(
         "--save",
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..benchmark import Settings, load_prompts, save_tuned, tune
+    from ..benchmark.tuning.journal import discard
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -58,13 +60,15 @@ def run(args: argparse.Namespace) -> None:
     settings.check()
     prompts = [prompt for task in args.tasks for prompt in load_prompts(task, num_prompts, args.seed)]
     models = load(args)
-    report = tune(models.target, models.processor, models.drafter, prompts, settings, date=args.date)
+    report = tune(
+        models.target, models.processor, models.drafter, prompts, settings, date=args.date, output=args.output
+    )
     if args.output is not None:
-        folder = Path(args.output).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (Path(args.output).expanduser() / FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.save is not None:
         save_tuned(models.drafter, report, args.save)
+    if args.output is not None:
+        discard(Path(args.output).expanduser())
     print(render(report))
 
 

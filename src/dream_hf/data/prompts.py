@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .chat import Messages, Tools, find_chat_format, tokenizer_of
-from .images import as_processed
-from .placeholders import check_placeholders
+from .chat import Messages, Tools
+from .reader import ChatReader
 
 
 class PromptEncoder:
@@ -25,19 +24,12 @@ class PromptEncoder:
     """
 
     def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
-        self.processor = processor
-        self.tokenizer = tokenizer_of(processor)
-        self.chat_format = find_chat_format(processor)
-        if self.tokenizer.pad_token_id is None:
-            raise ValueError(
-                f"The tokenizer of `processor` ({type(self.tokenizer).__name__}) has no padding token, which batches "
-                "need. Set `tokenizer.pad_token`, for instance to its `eos_token`."
-            )
+        self.reader = ChatReader(processor)
+        self.tokenizer = self.reader.tokenizer
 
     def text(self, messages: Messages, tools: Tools = None) -> str:
         """`messages`, parsed (see [`~dream_hf.data.conversations.parse_row`]), as text that an answer follows."""
-        check_placeholders(messages, self.processor)
-        return self.chat_format.render(messages, tools, add_generation_prompt=True)
+        return self.reader.text(messages, tools, add_generation_prompt=True)
 
     def encode(
         self, conversations: Sequence[tuple[Messages, Sequence[Any]]], tools: Sequence[Tools] | None = None
@@ -50,20 +42,8 @@ class PromptEncoder:
         """
         told = tools or [None] * len(conversations)
         texts = [self.text(messages, each) for (messages, _), each in zip(conversations, told, strict=True)]
-        images = [[as_processed(picture, self.processor) for picture in pictures] for _, pictures in conversations]
-        bos = self.tokenizer.bos_token
-        options: dict[str, Any] = {
-            # A template that writes the first token itself must not get a second one.
-            "add_special_tokens": bos is None or not texts[0].startswith(bos),
-            "padding": True,
-            "padding_side": "left",
-            "return_tensors": "pt",
-        }
-        if self.tokenizer is not self.processor:
-            return self.processor(text=texts, images=images if any(images) else None, **options)
-        if any(images):
-            raise ValueError("The prompt has pictures and `processor` is a tokenizer; pass the target's processor.")
-        return self.processor(texts, **options)
+        images = [pictures for _, pictures in conversations]
+        return self.reader.process(texts, images, padding_side="left", return_tensors="pt")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, special tokens left out."""

@@ -97,7 +97,7 @@ def _open_path(source: str | Path, split: str, name: str) -> RowSource:
         )
     try:
         if path.suffix == ".parquet":
-            return RowSource(_datasets(name).Dataset.from_parquet(str(path)), path.parent)
+            return RowSource(import_datasets(f"`{name}`").Dataset.from_parquet(str(path)), path.parent)
         if path.suffix == ".jsonl":
             return RowSource(JsonLines(path), path.parent)
         rows = json.loads(path.read_bytes())  # of bytes it finds out the encoding, a byte order mark included
@@ -110,7 +110,7 @@ def _open_path(source: str | Path, split: str, name: str) -> RowSource:
 
 def _load_dataset(source: str, split: str, name: str) -> Rows:
     """A dataset on the Hub, or a folder that `datasets` understands."""
-    datasets = _datasets(name)
+    datasets = import_datasets(f"`{name}`")
     if (Path(source) / "state.json").is_file():
         return datasets.load_from_disk(source)
     try:
@@ -122,9 +122,10 @@ def _load_dataset(source: str, split: str, name: str) -> Rows:
         ) from error
 
 
-def _datasets(name: str) -> Any:
+def import_datasets(what: str) -> Any:
+    """The `datasets` package; `what` is read with it."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"`{name}` is read with the `datasets` package: `pip install datasets`.") from error
+        raise ImportError(f"{what} is read with the `datasets` package: `pip install datasets`.") from error
     return datasets

@@ -146,7 +146,35 @@ class Drafter:
         return DrafterWithSettings(self, self.settings.changed(**changes))
 
 
-class DrafterWithSettings(Drafter):
+class DrafterAround(Drafter):
+    """A drafter around another one: as it stands it does what the other does, and it is a drafter of its own.
+
+    What is to differ is overridden: what the other gets to see, its session, its settings. Neither it nor any global is
+    changed.
+
+    Args:
+        drafter (`Drafter`): The other; shared, not copied.
+    """
+
+    def __init__(self, drafter: Drafter):
+        self.inner = drafter
+
+    @property
+    def settings(self) -> DraftSettings:
+        return self.inner.settings
+
+    @property
+    def needs(self) -> Needs:
+        return self.inner.needs
+
+    def check(self, target: Any, settings: DraftSettings) -> None:
+        self.inner.check(target, settings)
+
+    def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
+        return self.inner.start(prefill, settings)
+
+
+class DrafterWithSettings(DrafterAround):
     """A drafter and settings of one's own for it.
 
     Args:
@@ -155,22 +183,13 @@ class DrafterWithSettings(Drafter):
     """
 
     def __init__(self, drafter: Drafter, settings: DraftSettings):
-        self._drafter, self._settings = drafter.plain, settings
+        super().__init__(drafter.plain)
+        self._settings = settings
 
     @property
     def plain(self) -> Drafter:
-        return self._drafter
+        return self.inner
 
     @property
     def settings(self) -> DraftSettings:
         return self._settings
-
-    @property
-    def needs(self) -> Needs:
-        return self._drafter.needs
-
-    def check(self, target: Any, settings: DraftSettings) -> None:
-        self._drafter.check(target, settings)
-
-    def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
-        return self._drafter.start(prefill, settings)

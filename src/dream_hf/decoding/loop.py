@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import PreTrainedModel
 
 from ..compat import CACHE, cache_of
-from ..runtime.phases import ACCEPTANCE, PREFILL, STEP, phase
+from ..runtime.phases import ACCEPTANCE, PREFILL, STEP, TARGET, phase
 from ..targets.target import Target, sliding_windows
 from .draft_schedule import DraftSchedule
 from .drafter import Drafter, DraftSession, Verified
@@ -79,16 +79,8 @@ def dream_generate(
         record = recording.enter_context(target.recording(needs.layers, needs.embeds))
         compilation = compile_settings(target, drafter.settings, generation_config, synced_gpus)
         forward = make_target_forward(target, drafter, compilation, input_ids.shape[0], record)
-        decoding = _Decoding(
-            target,
-            drafter,
-            forward,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            forward.arguments(model_kwargs),
-        )
+        judges, arguments = (logits_processor, stopping_criteria), forward.arguments(model_kwargs)
+        decoding = _Decoding(target, drafter, forward, input_ids, *judges, generation_config, arguments)
         stream = Stream(streamer, decoding.sequences)
         with phase(PREFILL):
             decoding.prefill()
@@ -96,17 +88,23 @@ def dream_generate(
         if compilation is not None:
             recording.close()  # compiled forwards take no hooks, and return what these would record
         with target.taking_trees(), decoding.verifying(), target.model._optimize_model_for_decode():
-            while target.model._has_unfinished_sequences(decoding.is_done, synced_gpus, device=input_ids.device):
-                if decoding.is_done:
-                    decoding.idle()
-                    continue
-                with phase(STEP):
-                    decoding.step()
-                stream.send(decoding.sequences, decoding.stopping)
-            if decoding.is_cache_kept and not synced_gpus:  # other processes would wait for this one's forward
-                decoding.read_padding()
+            _take_steps(decoding, stream, synced_gpus)
         stream.close()
         return decoding.result()
+
+
+def _take_steps(decoding: _Decoding, stream: Stream, synced_gpus: bool) -> None:
+    """Step by step to the end of all rows, and of all processes."""
+    model, device = decoding.target.model, decoding.sequences.ids.device
+    while model._has_unfinished_sequences(decoding.is_done, synced_gpus, device=device):
+        if decoding.is_done:
+            decoding.idle()
+            continue
+        with phase(STEP):
+            decoding.step()
+        stream.send(decoding.sequences, decoding.stopping)
+    if decoding.is_cache_kept and not synced_gpus:  # other processes would wait for this one's forward
+        decoding.read_padding()
 
 
 class _Decoding:
@@ -149,9 +147,10 @@ class _Decoding:
         with watching_prompt(self.target, self.drafter, self.forward.record, prompt_ids, past_length) as watch:
             config = copy(self.config)
             config.compile_config = None  # it is for the forwards that follow
-            outputs = self.target.model._prefill(
-                prompt_ids, config, kwargs, is_first_iteration=not config.is_assistant
-            )
+            with phase(TARGET):
+                outputs = self.target.model._prefill(
+                    prompt_ids, config, kwargs, is_first_iteration=not config.is_assistant
+                )
         self.cache = cache_of(outputs)
         check_cache(self.cache)
         logits = outputs.logits[:, -1]

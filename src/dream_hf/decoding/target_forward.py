@@ -197,7 +197,8 @@ class CompiledTargetForward(TargetForward):
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
 
     def keep(self, path: torch.Tensor) -> None:
-        self.slots.keep(path)
+        with phase(CACHE_WORK):
+            self.slots.keep(path)
 
     def _pad(self, tree: DraftTree) -> DraftTree:
         num_nodes = padded_count(tree.num_nodes, self.tree_size, tree.tokens.device)

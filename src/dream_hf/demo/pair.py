@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..drafters.dream.drafter import DreamDrafter
-
-TARGET = Path(__file__).with_name("target")
-DRAFTER = Path(__file__).with_name("drafter")
+from ..load_models import DEMO, load_models
 
 
-def load_pair(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> tuple[Any, DreamDrafter, Any]:
+def load_pair(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> tuple[Any, Any, Any]:
     """Load the bundled target, drafter and processor; no network is needed.
 
     Args:
@@ -28,23 +23,5 @@ def load_pair(dtype: torch.dtype = torch.float32, device: str | torch.device = "
     Raises:
         OSError: This copy of the package has no weights.
     """
-    check_weights()
-    target: Any = AutoModelForImageTextToText.from_pretrained(TARGET, dtype=dtype)
-    drafter: Any = DreamDrafter.from_pretrained(DRAFTER, dtype=dtype)
-    return target.to(device).eval(), drafter.to(device).eval(), AutoProcessor.from_pretrained(TARGET)
-
-
-def check_weights(*names: str) -> None:
-    """Raise an `OSError` that says what to do where bundled files are missing.
-
-    Args:
-        names (`str`): What is needed: "target", "drafter"; both by default.
-    """
-    folders = {"target": TARGET, "drafter": DRAFTER}
-    for name in names or tuple(folders):
-        for file in ("config.json", "model.safetensors"):
-            if not (folders[name] / file).is_file():
-                raise FileNotFoundError(
-                    f"The bundled demo {name} is incomplete: this copy of the package came without demo/{name}/{file}. "
-                    f"Install a released package, train the pair with examples/demo_pair, or name your own with --{name}."
-                )
+    models = load_models(DEMO, DEMO, dtype=dtype, device=str(device))
+    return models.target, models.drafter, models.processor

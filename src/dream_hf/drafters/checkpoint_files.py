@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..hub.downloads import fetch_file
 Shapes = dict[str, tuple[int, ...]]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+VERIFIED = ".dream_hf_verified"  # folder of notes on blobs, beside them in the Hub library's cache
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Tensors that are no floating point numbers, and what they are.
 INTEGERS = {"draft_token_ids": "I64"}
@@ -69,6 +71,7 @@ def open_checkpoint(source: str | os.PathLike, model_type: str, variant: str | N
         OSError: The Hub refused or the download failed.
         ValueError: The folder or repo holds something else than a drafter in safetensors, or a damaged file.
     """
+    source = os.fspath(source)
     config_file = fetch_file(source, "config.json", **hub)
     adapter_file = fetch_file(source, "adapter_config.json", is_optional=True, **hub)
     _check_kind(source, model_type, config_file, adapter_file)
@@ -137,32 +140,30 @@ def refuse_keys(
         )
 
 
-def _check_kind(
-    source: str | os.PathLike, model_type: str, config_file: Path | None, adapter_file: Path | None
-) -> None:
+def _check_kind(source: str, model_type: str, config_file: Path | None, adapter_file: Path | None) -> None:
     """Refuse what is no drafter, with the way to use it where there is one."""
     if adapter_file is not None:
         raise ValueError(
-            f"{os.fspath(source)!r} holds an adapter. Load the drafter it was trained on, then "
-            f"`peft.PeftModel.from_pretrained(drafter, {os.fspath(source)!r})`."
+            f"{source!r} holds an adapter. Load the drafter it was trained on, then "
+            f"`peft.PeftModel.from_pretrained(drafter, {source!r})`."
         )
     if config_file is None:
-        raise OSError(f"{os.fspath(source)!r} has no config.json: this is no saved drafter. Check the path.")
+        raise OSError(f"{source!r} has no config.json: this is no saved drafter. Check the path.")
     fields = read_object(source, config_file)
     if fields.get("model_type") != model_type:
         raise ValueError(
-            f"config.json of {os.fspath(source)!r} describes a {fields.get('model_type')!r} model, not a "
+            f"config.json of {source!r} describes a {fields.get('model_type')!r} model, not a "
             f"{model_type!r}. A checkpoint in the published DREAM layout has to go through "
-            f"`dream-hf convert {os.fspath(source)} DESTINATION`."
+            f"`dream-hf convert {source} DESTINATION`."
         )
     if foreign := sorted(FOREIGN_FIELDS & {name for name, value in fields.items() if value is not None}):
         raise ValueError(
-            f"config.json of {os.fspath(source)!r} sets {', '.join(foreign)}, which no saved drafter has. Do not use this "
+            f"config.json of {source!r} sets {', '.join(foreign)}, which no saved drafter has. Do not use this "
             "checkpoint unless you know why; remove them from the file, or pass them to `from_pretrained`."
         )
 
 
-def _find_weights(source: str | os.PathLike, variant: str | None, **hub: Any) -> list[Path]:
+def _find_weights(source: str, variant: str | None, **hub: Any) -> list[Path]:
     """The one weights file, or the shards that the index names."""
     weights, index = with_variant(WEIGHTS, variant), with_variant(INDEX, variant)
     single = fetch_file(source, weights, is_optional=True, **hub)
@@ -174,57 +175,65 @@ def _find_weights(source: str | os.PathLike, variant: str | None, **hub: Any) ->
     return [_fetch_shard(source, name, **hub) for name in _shard_names(source, index_file)]
 
 
-def _shard_names(source: str | os.PathLike, index_file: Path) -> list[str]:
+def _shard_names(source: str, index_file: Path) -> list[str]:
     """File names in an index, refused where they could lead out of the checkpoint's own folder."""
     try:
         names = sorted(set(read_object(source, index_file)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(
-            f"{index_file.name} of {os.fspath(source)!r} is no index of shards: {error}."
-        ) from error
+        raise DamagedFileError(f"{index_file.name} of {source!r} is no index of shards: {error}.") from error
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", name):
             raise ValueError(
-                f"{index_file.name} of {os.fspath(source)!r} names the shard {name!r}; a shard is a *.safetensors file "
+                f"{index_file.name} of {source!r} names the shard {name!r}; a shard is a *.safetensors file "
                 "next to the index. Do not use this checkpoint."
             )
     return names
 
 
-def _fetch_shard(source: str | os.PathLike, name: str, **hub: Any) -> Path:
+def _fetch_shard(source: str, name: str, **hub: Any) -> Path:
     shard = fetch_file(source, name, **hub)
     if shard is None:
-        raise OSError(f"{os.fspath(source)!r} lacks the shard {name!r} that its index names. Upload or copy it again.")
+        raise OSError(f"{source!r} lacks the shard {name!r} that its index names. Upload or copy it again.")
     return shard
 
 
-def _no_weights(source: str | os.PathLike, name: str, **hub: Any) -> Exception:
+def _no_weights(source: str, name: str, **hub: Any) -> Exception:
     """Why there are no weights: not cached, pickled, or not there at all."""
     fetch_file(source, name, **hub)  # raises where the Hub could not be asked
     pickled = os.path.isdir(source) and [pickle for pickle in PICKLES if Path(source, pickle).is_file()]
     if pickled or not os.path.isdir(source):
         return ValueError(
-            f"{os.fspath(source)!r} has no {name}; drafters are loaded from safetensors only. A published pickle "
-            f"({PICKLES[0]}) has to go through `dream-hf convert {os.fspath(source)} DESTINATION`."
+            f"{source!r} has no {name}; drafters are loaded from safetensors only. A published pickle "
+            f"({PICKLES[0]}) has to go through `dream-hf convert {source} DESTINATION`."
         )
-    return OSError(f"The folder {os.fspath(source)!r} has no {name}. Save the drafter with `save_pretrained`.")
+    return OSError(f"The folder {source!r} has no {name}. Save the drafter with `save_pretrained`.")
 
 
 def check_digest(source: str | os.PathLike, file: Path) -> None:
-    """Compare a cached file with the SHA-256 the Hub announced for it, which is the name of its blob in the cache."""
+    """Compare a cached file with the SHA-256 the Hub announced for it, which is the name of its blob in the cache.
+
+    That reads all of it, so a note in the cache's folder of the repo says which file, as it is, has been found right.
+    """
     digest = Path(os.readlink(file)).name if file.is_symlink() else ""
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         return
-    sha256 = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            sha256.update(chunk)
-    if sha256.hexdigest() == digest:
+    blob = file.resolve()
+    note, state = blob.parents[1] / VERIFIED / digest, f"{blob.stat().st_size} bytes at {blob.stat().st_mtime_ns}"
+    if note.is_file() and note.read_text(encoding="utf-8") == state:
         return
-    raise _discard(source, file, "its content does not have the SHA-256 that the Hub announced")
+    if _sha256(blob) != digest:
+        raise _discard(os.fspath(source), file, "its content does not have the SHA-256 that the Hub announced")
+    with suppress(OSError):  # a cache that may not be written to is checked each time
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(state, encoding="utf-8")
 
 
-def _read_header(source: str | os.PathLike, file: Path) -> Shapes:
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_header(source: str, file: Path) -> Shapes:
     """Shapes by name. safetensors itself checks the header against the size of the file."""
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -235,19 +244,17 @@ def _read_header(source: str | os.PathLike, file: Path) -> Shapes:
         raise _discard(source, file, f"it is no whole safetensors file ({error})") from error
     wrong = [name for name in kinds.keys() & INTEGERS.keys() if kinds[name] != INTEGERS[name]]
     if wrong:
-        raise ValueError(f"{wrong[0]} in {file.name} of {os.fspath(source)!r} is {kinds[wrong[0]]}; it must be int64.")
+        raise ValueError(f"{wrong[0]} in {file.name} of {source!r} is {kinds[wrong[0]]}; it must be int64.")
     if integers := [
         f"{name} ({kind})" for name, kind in kinds.items() if not kind.startswith(("F", "BF")) and name not in INTEGERS
     ]:
-        raise ValueError(
-            f"{file.name} of {os.fspath(source)!r} holds no floating point numbers in {_listed(integers)}."
-        )
+        raise ValueError(f"{file.name} of {source!r} holds no floating point numbers in {_listed(integers)}.")
     return shapes
 
 
-def _discard(source: str | os.PathLike, file: Path, reason: str) -> DamagedFileError:
+def _discard(source: str, file: Path, reason: str) -> DamagedFileError:
     """The error for a damaged file; a copy in the cache is removed, so that the next load fetches it anew."""
-    message = f"{file.name} of {os.fspath(source)!r} is damaged: {reason}."
+    message = f"{file.name} of {source!r} is damaged: {reason}."
     if os.path.isdir(source):
         return DamagedFileError(f"{message} Copy or save it again.")
     try:

@@ -47,6 +47,13 @@ class LevelSource(Protocol):
         """The tree is done; what was written for it can go."""
 
 
+class LevelSession(Protocol):
+    """A session whose trees are grown from levels, and that lets others grow theirs."""
+
+    def levels(self) -> LevelSource:
+        """What makes levels below the last tokens; all verified text has been read by then."""
+
+
 @dataclass
 class _Candidates:
     """All expanded nodes so far, in order of levels: tokens and cumulative log-probabilities (B, n) of each level.

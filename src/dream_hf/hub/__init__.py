@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..registration import lazy_attribute
-
-# What stands above this folder, and has always been importable from here.
-_MODULES = {"PushReport": "drafters.push", "push_drafter": "drafters.push"}
+if TYPE_CHECKING:
+    from ..drafters.dream.push import PushReport as PushReport
+    from ..drafters.dream.push import push_drafter as push_drafter
 
 
 def __getattr__(name: str) -> Any:
-    return lazy_attribute("dream_hf", _MODULES, name)
+    """What stands above this folder, and has always been importable from here."""
+    if name not in ("PushReport", "push_drafter"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ..drafters.dream import push
+
+    return getattr(push, name)

@@ -1,4 +1,4 @@
-"""What a model card is written from: the files in a drafter's folder."""
+"""What a model card is written from, the files in a drafter's folder, and the metadata block that follows from them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 RESULTS, RECIPE, PROGRESS = "results.json", "recipe.yaml", "trainer_state.json"
+
+# A benchmark's figures and what a card calls them.
+COLUMNS = {
+    "task": "task",
+    "method": "method",
+    "temperature": "temperature",
+    "speedup": "speedup",
+    "speedup_median": "speedup, median",
+    "speedup_decode": "speedup, decoding only",
+    "tau": "tau, bonus included",
+    "match_rate": "same tokens as plain",
+    "num_prompts": "prompts",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,21 @@ class CardContent:
     results: Mapping[str, Any] | None = None
     paper: str = ""
     tags: Iterable[str] = ()
+
+    @property
+    def title(self) -> str:
+        """The drafter's name without its owner."""
+        return self.drafter.rsplit("/", 1)[-1]
+
+    @property
+    def pipeline_tag(self) -> str:
+        """What the Hub calls what the target does."""
+        # Imported here: importing this module of transformers imports the drafter, which imports this file.
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+        model_type = self.target.get("model_type")
+        takes_images = model_type is None or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        return "image-text-to-text" if takes_images else "text-generation"
 
 
 def read_content(
@@ -68,6 +97,42 @@ def hub_id(name: Any) -> str | None:
     """The name where it has the form of a Hub id and is no folder here."""
     is_id = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
     return name if is_id else None
+
+
+def card_metadata(content: CardContent) -> ModelCardData:
+    """The metadata block, with a `model-index` where there are measurements."""
+    recipe, target, results = parse_recipe(content.recipe), hub_id(content.target.get("name")), _eval_results(content)
+    license_name = recipe.get("license") or "other"
+    return ModelCardData(
+        base_model=target,
+        base_model_relation=None if target is None else "adapter",
+        pipeline_tag=content.pipeline_tag,
+        library_name="dream-hf",
+        tags=["dream", "drafter", "speculative-decoding", *content.tags],
+        license=license_name,
+        license_name="same-as-the-target" if license_name == "other" else None,
+        datasets=[name for name in recipe.get("datasets") or () if hub_id(name)] or None,
+        model_name=None if results is None else content.title,
+        eval_results=results,
+    )
+
+
+def _eval_results(content: CardContent) -> list[EvalResult] | None:
+    """The drafter's own rows, one entry per figure."""
+    rows = [row for row in (content.results or {}).get("rows", ()) if str(row["method"]).startswith("dream")]
+    return [
+        EvalResult(
+            task_type=content.pipeline_tag,
+            dataset_type=str(row["task"]),
+            dataset_name=str(row["task"]),
+            metric_type=metric,
+            metric_value=row[metric],
+            metric_name=f"{COLUMNS[metric]} ({row['method']}, temperature {row['temperature']:g})",
+        )
+        for row in rows
+        for metric in ("tau", "speedup", "match_rate")
+        if row.get(metric) is not None
+    ] or None
 
 
 def _check_results(results: Any, folder: str | os.PathLike) -> Mapping[str, Any] | None:

@@ -66,11 +66,10 @@ def explain_failure(source: str, name: str, error: BaseException, revision: str 
 
 def explain_upload(repo_id: str, error: BaseException) -> str:
     """Why a repo could not be written to, and what to do about it."""
-    chain = list(_causes(error))
-    statuses = {cause.response.status_code for cause in chain if isinstance(cause, HfHubHTTPError)}
-    if any(isinstance(cause, HFValidationError) for cause in chain):
+    statuses = _statuses(error)
+    if _is_due_to(error, HFValidationError):
         remedy = "it is no Hub id of the form 'owner/name'. Check the spelling."
-    elif statuses & {401, 403, 404} or any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
+    elif statuses & {401, 403, 404} or _is_due_to(error, LocalTokenNotFoundError):
         remedy = "the Hub refused. Log in with `hf auth login` or pass `token=`; the token has to be one that may write there."
     elif statuses:
         remedy = "the Hub refused."
@@ -80,40 +79,33 @@ def explain_upload(repo_id: str, error: BaseException) -> str:
 
 
 def _remedy(source: str, error: BaseException, revision: str | None) -> str:
-    page = f"{constants.ENDPOINT}/{source}"
-    chain = list(_causes(error))
-    statuses = {cause.response.status_code for cause in chain if isinstance(cause, HfHubHTTPError)}
-    token = "log in with `hf auth login` or pass `token=`"
-
-    def is_due_to(kind: type[BaseException]) -> bool:
-        return any(isinstance(cause, kind) for cause in chain)
-
-    remedies = [
-        (
-            is_due_to(HFValidationError),
-            "it is neither a folder on this machine nor a Hub id of the form 'owner/name'. Check the spelling.",
-        ),
-        (is_due_to(GatedRepoError), f"the repo is gated. Ask for access at {page}, then {token}."),
-        (
-            is_due_to(RevisionNotFoundError),
-            f"the repo has no `revision` {revision!r}. See {page}/tree/main for branches, tags and commits.",
-        ),
-        (
-            is_due_to(RepositoryNotFoundError),
-            f"there is no such repo, or it is private. Check the spelling; for a private repo {token}.",
-        ),
-        (
-            bool(statuses & {401, 403}),
-            f"the Hub refused access (HTTP {max(statuses, default=0)}). Check that your token may read {page}, or {token}.",
-        ),
-        (
-            is_due_to(LocalEntryNotFoundError),
+    page, token = f"{constants.ENDPOINT}/{source}", "log in with `hf auth login` or pass `token=`"
+    remedies = {
+        HFValidationError: "it is neither a folder on this machine nor a Hub id of the form 'owner/name'. Check the spelling.",
+        GatedRepoError: f"the repo is gated. Ask for access at {page}, then {token}.",
+        RevisionNotFoundError: f"the repo has no `revision` {revision!r}. See {page}/tree/main for branches, tags and commits.",
+        RepositoryNotFoundError: f"there is no such repo, or it is private. Check the spelling; for a private repo {token}.",
+    }
+    for kind, remedy in remedies.items():
+        if _is_due_to(error, kind):
+            return remedy
+    if refused := _statuses(error) & {401, 403}:
+        return f"the Hub refused access (HTTP {max(refused)}). Check that your token may read {page}, or {token}."
+    if _is_due_to(error, LocalEntryNotFoundError):
+        return (
             "it is not in the cache and the Hub could not be reached. Check the connection, or load it once without "
-            "`local_files_only` and `HF_HUB_OFFLINE`.",
-        ),
-        (True, "the download did not finish. What was complete is kept; load again to fetch the rest."),
-    ]
-    return next(remedy for applies, remedy in remedies if applies)
+            "`local_files_only` and `HF_HUB_OFFLINE`."
+        )
+    return "the download did not finish. What was complete is kept; load again to fetch the rest."
+
+
+def _is_due_to(error: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(cause, kind) for cause in _causes(error))
+
+
+def _statuses(error: BaseException) -> set[int]:
+    """The HTTP statuses that led to an error."""
+    return {cause.response.status_code for cause in _causes(error) if isinstance(cause, HfHubHTTPError)}
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from ..version import __version__
 from .card_content import RECIPE, RESULTS, read_content
+from .downloads import HUB_ERRORS, explain_upload
 from .model_card import TEMPLATES, is_generated, render_card
 
 logger = logging.get_logger(__name__)
@@ -50,8 +52,9 @@ def collect_files(folder: str | os.PathLike, repo_id: str, tags: Iterable[str] =
 
 
 def create_repo(repo_id: str, private: bool | None = None, token: bool | str | None = None) -> str:
-    """Create the repo unless it exists; returns its full id."""
-    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    """Create the repo unless it exists; returns its full id. Raises an `OSError` as [`commit_files`] does."""
+    with _explained(repo_id):
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def commit_files(
@@ -70,11 +73,26 @@ def commit_files(
 
     Returns:
         `str`: Address of the commit, or of the pull request.
+
+    Raises:
+        OSError: The Hub refused or could not be reached; the Hub library's own error is the cause.
     """
+    with _explained(repo_id):
+        return _commit(repo_id, dict(files), commit_message, commit_description, token, revision, create_pr)
+
+
+def _commit(
+    repo_id: str,
+    files: Contents,
+    commit_message: str | None,
+    commit_description: str | None,
+    token: bool | str | None,
+    revision: str | None,
+    create_pr: bool,
+) -> str:
     api = HfApi(token=token)
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = dict(files)
     if CARD in files and isinstance(files[CARD], bytes) and not is_generated(_published_card(repo_id, token)):
         logger.warning(f"The README.md of {repo_id} was edited on the Hub and is kept as it is.")
         del files[CARD]
@@ -95,6 +113,15 @@ def commit_files(
         create_pr=create_pr,
     )
     return info.pr_url or info.commit_url
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Let what the Hub library raises say what to do."""
+    try:
+        yield
+    except HUB_ERRORS as error:
+        raise OSError(explain_upload(repo_id, error)) from error
 
 
 def _published_card(repo_id: str, token: bool | str | None) -> str | None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+SETTINGS = "settings.json"  # in a folder: what it was begun with
+
 
 def append(file: Path, entry: Mapping[str, Any]) -> None:
     """Write one entry behind the others."""
@@ -51,6 +53,33 @@ def cut_unfinished_line(file: Path) -> None:
             end = start
     if end < size:
         os.truncate(file, end)
+
+
+def difference(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting, by name, that is not what a file was begun with, in words; None where all are the same."""
+    now = json.loads(json.dumps(now))  # as the file has them
+    for name in sorted(begun.keys() | now.keys()):
+        if begun.get(name) != now.get(name):
+            return f"`{name}` {begun.get(name)!r} and now it is {now.get(name)!r}"
+    return None
+
+
+def begin_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make a folder that says which settings it was begun with.
+
+    Raises:
+        ValueError: It was begun with others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS
+    if not file.is_file():
+        write_whole(file, json.dumps(settings, indent=2).encode())
+        return
+    changed = difference(json.loads(file.read_text(encoding="utf-8")), settings)
+    if changed is not None:
+        raise ValueError(
+            f"`output` ({folder.name!r}) was begun with {changed}. Name another folder, or empty this one."
+        )
 
 
 def write_whole(file: Path, content: bytes) -> None:

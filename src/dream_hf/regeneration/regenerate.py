@@ -66,47 +66,34 @@ def regenerate(
     """Write `rows` with every answer replaced by the target's own.
 
     Turns are answered in order, each after the answers already regenerated; a row that ends with a user message gets an
-    answer behind it. A stopped run goes on where it was when it is started again, and a complete one where the rows have become
-    more: those there were keep their answers. Under `accelerate launch` the rows
-    are shared out over the processes, whose number may change between starts.
+    answer behind it. A stopped run goes on where it was when it is started again, and a complete one where the rows have
+    become more: those there were keep their answers. Processes (`accelerate launch`, any number) share out the rows.
 
     Args:
         target (`PreTrainedModel`): The target.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): Its processor, with a chat template.
-        rows: As in [`~dream_hf.data.open_rows`].
+        rows, split: As in [`~dream_hf.data.open_rows`].
         output (`str` or `Path`): A `.jsonl` file; pictures that are no files yet go to `<output>_files/` beside it.
         batch_size (`int`): Prompts decoded together.
         max_new_tokens (`int`): Longest answer. Rows cut there are kept and marked `"finished": false`.
         temperature (`float`): 0 for greedy decoding.
-        prompt_suffix (`str`): Appended to every user message that is answered ("Answer in detail."), and kept in the
-            row: it is what the target was asked.
-        drafter (`DreamDrafter`, *optional*): Decode with it; the same answers sooner (greedy) or answers of the same
-            distribution.
+        prompt_suffix (`str`): Appended to every user message that is answered ("Answer in detail."), and kept in the row.
+        drafter (`DreamDrafter`, *optional*): Decode with it: the same answers (sampled: of the same distribution) sooner.
         seed (`int`): For sampling.
         max_rows (`int`, *optional*): Take only the first rows.
         max_bad_rows (`int`): How many rows may be left out because they cannot be used.
-        split (`str`): The split of a dataset on the Hub.
-
-    Returns:
-        `RegenerationReport`
 
     Raises:
         ValueError: An argument out of range, unusable rows, or an `output` begun with other settings.
     """
     _check(batch_size=batch_size, max_new_tokens=max_new_tokens, max_rows=max_rows, temperature=temperature)
-    source = open_rows(rows, split=split, name="rows")
-    source = RowSource(undecoded(source.rows), source.folder)
-    num_rows = len(source.rows) if max_rows is None else min(max_rows, len(source.rows))
-    if num_rows == 0:
-        raise ValueError("`rows` is empty. It needs at least one row with `messages`.")
+    source, num_rows = _open(rows, split, max_rows)
     settings = {
-        "target": getattr(target.config, "_name_or_path", "") or type(target).__name__,
-        "dtype": str(target.dtype),
+        **_identity(target, source.rows),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "prompt_suffix": prompt_suffix,
         "seed": seed,
-        "first_row": _digest(source.rows[0]),
     }
     state = PartialState(cpu=target.device.type == "cpu")
     with state.main_process_first():
@@ -120,6 +107,25 @@ def regenerate(
     with tqdm(desc="regenerate", unit="row", disable=not state.is_local_main_process) as progress:
         _answer_share(_Run(source, prompt_suffix, answerer, store, bad_rows, progress, batch_size, seed), state)
     return _finish(store, bad_rows, state)
+
+
+def _open(rows: Any, split: str, max_rows: int | None) -> tuple[RowSource, int]:
+    """The rows, pictures undecoded, and how many of them to answer."""
+    source = open_rows(rows, split=split, name="rows")
+    source = RowSource(undecoded(source.rows), source.folder)
+    num_rows = len(source.rows) if max_rows is None else min(max_rows, len(source.rows))
+    if num_rows == 0:
+        raise ValueError("`rows` is empty. It needs at least one row with `messages`.")
+    return source, num_rows
+
+
+def _identity(target: Any, rows: Any) -> dict[str, str]:
+    """What tells whose answers to which rows an output holds."""
+    return {
+        "target": getattr(target.config, "_name_or_path", "") or type(target).__name__,
+        "dtype": str(target.dtype),
+        "first_row": _digest(rows[0]),
+    }
 
 
 def _answer_share(run: _Run, state: PartialState) -> None:

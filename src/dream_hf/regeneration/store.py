@@ -19,9 +19,8 @@ from typing import Any
 from PIL import Image
 
 from ..data.images import load_image
-from .journal import append, cut_unfinished_line, entries, line_at, write_whole
+from .journal import SETTINGS, append, cut_unfinished_line, difference, entries, line_at, write_whole
 
-SETTINGS = "settings.json"
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 MERGED = "rows-merged.jsonl"  # what was complete until the source got longer
 
@@ -130,9 +129,10 @@ class AnswerStore:
         return {}
 
     def _check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        for name in sorted((begun.keys() | settings.keys()) - {"num_rows", "rows"}) if begun else ():
-            if begun.get(name) != settings.get(name):
-                self._refuse(f"`{name}` {begun.get(name)!r} and now it is {settings.get(name)!r}")
+        of_rows = {name: begun[name] for name in ("num_rows", "rows") if name in begun}  # judged by themselves
+        changed = difference(begun, {**settings, **of_rows}) if begun else None
+        if changed is not None:
+            self._refuse(changed)
 
     def _check_rows(self, begun: Mapping[str, Any], digest: Callable[[int], str], num_rows: int) -> None:
         """Refuse other rows; further ones behind the same are welcome."""

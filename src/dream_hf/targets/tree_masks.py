@@ -9,7 +9,7 @@ are not over a tree, see what they saw before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -21,6 +21,7 @@ from transformers import masking_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from ..runtime.phases import MASK, phase
 from .attention_statistics import ArgumentRecord
 from .lookups import ScopedWrap, wrapped_lookup
 
@@ -199,7 +200,8 @@ def _wrap_mask(name: str, build_mask: Callable) -> Callable:
             kwargs.get("q_offset", 0),
         )
         kwargs["allow_is_causal_skip"] = False
-        mask = build_mask(*args, **kwargs)
+        with nullcontext() if torch.compiler.is_compiling() else phase(MASK):
+            mask = build_mask(*args, **kwargs)
         _tree_masks.get().append(TreeMask(mask, kwargs))
         return mask
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from ..drafters.dream.configuration import VISUAL_IMPORTANCE
+from ..drafters.dream.reading import VISUAL_IMPORTANCE
 
 FeatureSelection = Literal["token", "sample", "static", "none"]
 AcceptanceLoss = Literal["none", "tv", "nla"]

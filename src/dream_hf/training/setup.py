@@ -146,23 +146,6 @@ def check_best_metric(args: DreamTrainingArguments, eval_dataset: Any) -> None:
     args.metric_for_best_model = args.greater_is_better = None
 
 
-def check_stream(args: DreamTrainingArguments) -> None:
-    """Refuse what needs all rows at once, and let every process take its own rows of a stream.
-
-    Raises:
-        ValueError: An argument that a stream cannot serve.
-    """
-    for name in ("feature_cache_dir", "draft_vocab_size"):
-        if getattr(args, name) is not None:
-            raise ValueError(
-                f"`{name}` ({getattr(args, name)!r}) needs all rows of `train_dataset`, which is a stream; leave it out, or "
-                "load the rows without `streaming=True`."
-            )
-    # The alternative, one process that reads and cuts batches for all, would cut pictures' tensors like rows.
-    config: Any = args.accelerator_config
-    config.dispatch_batches = False
-
-
 def make_objective(args: DreamTrainingArguments) -> Objective:
     """The objective that the arguments describe."""
     values = {name: getattr(args, name) for name in Objective.__dataclass_fields__}

@@ -21,10 +21,24 @@ from ..targets.target import Target
 
 
 @dataclass(frozen=True)
+class Places:
+    """What the tokens of a batch are, each (B, T) bool: no padding, visual, and those whose next token belongs to an answer."""
+
+    real: torch.Tensor
+    is_visual: torch.Tensor
+    predicts: torch.Tensor
+
+    def to(self, device: torch.device) -> Places:
+        """The same on a device."""
+        return Places(self.real.to(device), self.is_visual.to(device), self.predicts.to(device))
+
+
+@dataclass(frozen=True)
 class TargetFeatures:
     """A target's view of a batch.
 
     Args:
+        places (`Places`): Which tokens are what.
         embeds (`torch.Tensor` of shape `(B, T, H)`): Input embeddings, images merged.
         features (`torch.Tensor` of shape `(B, T, H)`): Last-layer features, after the final norm.
         mid (`torch.Tensor` of shape `(N, H)`, *optional*): Selected intermediate features of the predictions.
@@ -32,6 +46,7 @@ class TargetFeatures:
             the last layer.
     """
 
+    places: Places
     embeds: torch.Tensor
     features: torch.Tensor
     mid: torch.Tensor | None
@@ -59,6 +74,11 @@ class DrafterBatch:
         """True at tokens, False at padding, (B, K)."""
         slots = torch.arange(self.predicts.shape[1], device=self.predicts.device)
         return slots < self.text.counts[:, None]
+
+    def to(self, device: torch.device) -> DrafterBatch:
+        """The same on a device."""
+        mid = None if self.mid is None else self.mid.to(device)
+        return DrafterBatch(self.text.to(device), self.token_ids.to(device), self.predicts.to(device), mid)
 
 
 @dataclass(frozen=True)
@@ -176,11 +196,13 @@ class FeatureExtractor:
         Returns:
             `TargetFeatures`
         """
-        predicts = predictions(answer_mask, self.target.is_visual(inputs["input_ids"]))
+        is_visual = self.target.is_visual(inputs["input_ids"])
+        predicts = predictions(answer_mask, is_visual)
+        places = Places(real_tokens(inputs), is_visual, predicts)
         columns = predicts.any(0).nonzero().flatten()
         selected = _Selected(self.selection, columns, predicts[:, columns])
         inputs = self.target.mark_answers(inputs, answer_mask)
-        with self._watching(selected), self._measuring(inputs, answer_mask) as received:
+        with self._watching(selected), self._measuring(places, answer_mask) as received:
             with self.target.recording() as record, torch.autocast(predicts.device.type, enabled=False):
                 outputs = self.target.model(**inputs, logits_to_keep=1, use_cache=False, return_dict=True)
         embeds, features = record.take()
@@ -188,7 +210,7 @@ class FeatureExtractor:
         if not self._knows_logits:
             self.target.learn_logit_rule(features[:, -1], outputs.logits[:, -1].to(features.device))
             self._knows_logits = True
-        return TargetFeatures(embeds, features, selected.result(), received[0] if received else None)
+        return TargetFeatures(places, embeds, features, selected.result(), received[0] if received else None)
 
     @torch.no_grad()
     def drafter_batch(
@@ -197,12 +219,18 @@ class FeatureExtractor:
         """What the drafter reads of a batch, exactly as in decoding (see [`compress_text`])."""
         made = self.run(inputs, answer_mask) if made is None else made
         device = made.features.device
-        real, is_visual = real_tokens(inputs).to(device), self.target.is_visual(inputs["input_ids"]).to(device)
+        places = made.places.to(device)
         text = compress_text(
-            made.embeds.to(device), made.features, real, is_visual, self.keep_ratio, self.importance, made.received
+            made.embeds.to(device),
+            made.features,
+            places.real,
+            places.is_visual,
+            self.keep_ratio,
+            self.importance,
+            made.received,
         )
         is_there = torch.arange(text.order.shape[1], device=device) < text.counts[:, None]
-        predicts = predictions(answer_mask.to(device), is_visual).gather(1, text.order) & is_there
+        predicts = places.predicts.gather(1, text.order) & is_there
         token_ids = inputs["input_ids"].to(device).gather(1, text.order).masked_fill(~is_there, 0)
         return DrafterBatch(text, token_ids, predicts, made.mid)
 
@@ -219,15 +247,14 @@ class FeatureExtractor:
             yield
 
     @contextmanager
-    def _measuring(self, inputs: dict[str, Any], answer_mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    def _measuring(self, places: Places, answer_mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
         """Collect the attention received in the last layer, if visual tokens are to be left out by it."""
         received: list[torch.Tensor] = []
-        ids = inputs["input_ids"]
         is_wanted = self.keep_ratio < 1.0 and self.importance == "attention"
-        if not (is_wanted and bool(self.target.is_visual(ids).any())):
+        if not (is_wanted and bool(places.is_visual.any())):
             yield received
             return
-        prompts = last_prompts(answer_mask, real_tokens(inputs))
+        prompts = last_prompts(answer_mask, places.real)
         columns = prompts.any(0).nonzero().flatten()
 
         def observe(module, chunks):

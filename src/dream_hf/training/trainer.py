@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..data import ConversationCollator, ConversationDataset, ConversationStream, is_stream
+from ..data import ConversationCollator
 from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.levels import TargetHead
 from ..hub.model_card import write_card
@@ -25,11 +24,12 @@ from .acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decod
 from .arguments import DreamTrainingArguments
 from .atomic_checkpoints import WholeCheckpointTrainer
 from .feature_cache import FeatureCache, collate_rows, to_batch, to_row
-from .objective import Objective, ObjectiveValue, add_noise, rms
+from .logged_means import LoggedMeans
+from .objective import Objective, add_noise
+from .rows import probe_rows, read_rows
 from .setup import (
     check_best_metric,
     check_models,
-    check_stream,
     check_vocabulary_request,
     choose_vocabulary,
     describe_features,
@@ -42,8 +42,6 @@ from .setup import (
 from .target_features import DrafterBatch, FeatureExtractor, predictions
 
 logger = logging.get_logger(__name__)
-
-NUM_PROBED_ROWS = 16
 
 
 class DreamTrainer(WholeCheckpointTrainer):
@@ -108,8 +106,8 @@ class DreamTrainer(WholeCheckpointTrainer):
             model=model,
             args=args,
             data_collator=self.collator,
-            train_dataset=self._read(train_dataset, "train_dataset", args),
-            eval_dataset=self._read(eval_dataset, "eval_dataset", args),
+            train_dataset=read_rows(train_dataset, "train_dataset", args),
+            eval_dataset=read_rows(eval_dataset, "eval_dataset", args),
             processing_class=processing_class,
             **kwargs,
         )
@@ -119,50 +117,16 @@ class DreamTrainer(WholeCheckpointTrainer):
         self.extractor = FeatureExtractor(
             self.target, make_selection(args, self.target), config.visual_keep_ratio, config.visual_importance
         )
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.logged_means = LoggedMeans(args.device)
         self._num_batches = 0
-        self._has_shown_scales = False
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
-            for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
-                self._probe(each, name)
+        for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            probe_rows(rows, name, self.collator, self.target, config.vocab_size)
         if args.draft_vocab_size is not None:
             self._choose_vocabulary()
 
     # --- data ---
-
-    def _read(self, source: Any, name: str, args: DreamTrainingArguments) -> Any:
-        """`source` as a dataset of conversations; a dictionary of sources as a dictionary of datasets."""
-        if source is None or isinstance(source, ConversationDataset | ConversationStream):
-            return source
-        if name == "train_dataset" and is_stream(source):
-            check_stream(args)
-            return ConversationStream(source, name=name, max_bad_rows=args.max_bad_rows)
-        if isinstance(source, Mapping):
-            return {key: self._read(value, f"{name}[{key!r}]", args) for key, value in source.items()}
-        return ConversationDataset(source, name=name, max_bad_rows=args.max_bad_rows)
-
-    def _probe(self, dataset: Any, name: str) -> None:
-        """Refuse data without answers, or of another tokenizer, before anything is trained."""
-        if dataset is None:
-            return
-        num_rows = 0
-        for index, item in enumerate(islice(dataset, NUM_PROBED_ROWS)):
-            num_rows = index + 1
-            batch = self.collator([item])
-            largest = int(batch["input_ids"].max())
-            if largest >= self._config.vocab_size and not self.target.is_visual(batch["input_ids"].max()):
-                raise ValueError(
-                    f"`processing_class` makes token {largest} of row {index} of `{name}`, and the target's vocabulary has "
-                    f"{self._config.vocab_size}. Pass the processor that belongs to the target."
-                )
-            if batch["answer_mask"].any():
-                return
-        raise ValueError(
-            f"None of the first {num_rows} rows of `{name}` has an answer token. Rows need `messages` with at least one "
-            "assistant message, and `max_length` must leave room for it."
-        )
 
     def _choose_vocabulary(self) -> None:
         """Set what the drafter may draft, the same in every process."""
@@ -208,7 +172,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         if eval_dataset is None or isinstance(eval_dataset, str):
             name = eval_dataset
             eval_dataset = self.eval_dataset if name is None else self.eval_dataset[name]  # type: ignore[index,call-overload]
-        dataset: Dataset = self._read(eval_dataset, "eval_dataset", self.args)
+        dataset: Dataset = read_rows(eval_dataset, "eval_dataset", self.args)
         if dataset is None:
             raise ValueError("`eval_dataset` is missing; pass it to the trainer or to `evaluate`.")
         share = range(self.args.process_index, len(dataset), self.args.world_size)  # type: ignore[arg-type]
@@ -222,7 +186,7 @@ class DreamTrainer(WholeCheckpointTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
         """Losses, per-depth acceptance and simulated tau (bonus included) on rows; see [`~transformers.Trainer`]."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = self._read(eval_dataset, "eval_dataset", self.args)
+            eval_dataset = read_rows(eval_dataset, "eval_dataset", self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
@@ -246,13 +210,13 @@ class DreamTrainer(WholeCheckpointTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective over this batch, as its share of the global batch's mean over answer tokens."""
-        batch = self._to_device(self._drafter_batch(inputs))
+        batch = self._drafter_batch(inputs).to(self.args.device)
         lengths = (batch.text.positions.gather(1, batch.text.counts[:, None] - 1) + 1)[:, 0]
         features = batch.text.features.to(next(model.parameters()).dtype)
         generator = self._generator(features.device)
         features = add_noise(features, lengths, self.args.feature_noise, generator)
         value = self.objective(model, batch, features, self.logits, generator)
-        self._record(value, batch)
+        self.logged_means.add(value, batch, self.target.is_visual(batch.token_ids))
         num_items = batch.predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         # Processes average their gradients, and what is wanted is the sum.
         loss = value.total / num_items * self.accelerator.num_processes
@@ -299,12 +263,6 @@ class DreamTrainer(WholeCheckpointTrainer):
         ids = inputs["token_ids" if "token_ids" in inputs else "input_ids"]
         return round(6 * num_weights * ids.numel() * (1 + self.args.rollout_share * (self.args.rollout_steps - 1)))
 
-    def _to_device(self, batch: DrafterBatch) -> DrafterBatch:
-        device = self.args.device
-        text = type(batch.text)(**{name: value.to(device) for name, value in vars(batch.text).items()})
-        mid = None if batch.mid is None else batch.mid.to(device)
-        return DrafterBatch(text, batch.token_ids.to(device), batch.predicts.to(device), mid)
-
     def _generator(self, device: torch.device) -> torch.Generator:
         """Random numbers of their own for each batch, whatever ran before: a resumed run draws the same."""
         place = (self.args.seed, self.state.global_step, self._num_batches_in_step(), self.args.process_index)
@@ -315,33 +273,6 @@ class DreamTrainer(WholeCheckpointTrainer):
         return self._num_batches % self.args.gradient_accumulation_steps
 
     # --- logs ---
-
-    def _record(self, value: ObjectiveValue, batch: DrafterBatch) -> None:
-        """Add this batch to the means that are logged next: losses by name, and scales."""
-        for name, (total, count) in value.parts.items():
-            self._add(name, total, torch.tensor(float(count), device=total.device))
-        real, is_visual = batch.mask, self.target.is_visual(batch.token_ids)
-        scales = {
-            "rms_text_embeds": rms(batch.text.embeds, real & ~is_visual),
-            "rms_visual_embeds": rms(batch.text.embeds, real & is_visual),
-            "rms_features": rms(batch.text.features, real),
-            "rms_drafted_features": rms(value.first.hidden),
-            "rms_drafted_mid_features": rms(value.first.mid),
-        }
-        if batch.mid is not None:
-            scales["rms_mid_features"] = rms(batch.mid)
-        if not self._has_shown_scales:
-            self._has_shown_scales = True
-            shown = ", ".join(f"{name} {scale.item():.3g}" for name, scale in scales.items() if torch.isfinite(scale))
-            logger.info(f"Scales of the first batch: {shown}. Parts that differ much want normalisation.")
-        for name, scale in scales.items():
-            is_there = torch.isfinite(scale)
-            self._add(name, torch.where(is_there, scale, 0.0), is_there.float())
-
-    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
-        device = self.args.device
-        old_total, old_count = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (old_total + total.to(device), old_count + count.to(device))
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with a word about a warm-up that never ends."""
@@ -355,13 +286,8 @@ class DreamTrainer(WholeCheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, together with the means of single losses and scales since the last time."""
-        if "loss" in logs and self._sums:
-            # Processes may have met different losses (a batch without pictures); the names are the same everywhere.
-            pairs = torch.stack([torch.stack([total.float(), count]) for total, count in self._sums.values()])
-            for name, (total, count) in zip(self._sums, self.accelerator.reduce(pairs, "sum").tolist(), strict=True):
-                if count:
-                    logs[name] = total / count
-            self._sums = {}
+        if "loss" in logs:
+            logs |= self.logged_means.take(lambda sums: self.accelerator.reduce(sums, "sum"))
         super().log(logs, start_time)
 
     # --- evaluation ---
@@ -387,7 +313,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         for raw_inputs in dataloader:
             inputs = self._prepare_inputs(raw_inputs)
             answer_mask = inputs.pop("answer_mask")
-            batch = self._to_device(self.extractor.drafter_batch(inputs, answer_mask))
+            batch = self.extractor.drafter_batch(inputs, answer_mask).to(self.args.device)
             if batch.predicts.any():
                 features = batch.text.features.to(drafter.dtype)
                 loss += self.objective(drafter, batch, features, self.logits).total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...drafters.dream.drafter import DreamDrafter
 from ..measure import Clock, synchronize
 from ..methods import Method
 from .choice import Shape, Space, StepCosts, num_candidates
+from .journal import Journal
 
 STEPS_PER_RUN = 12
 NEVER = 1e-30  # a threshold that is asked about and never met
@@ -39,7 +41,12 @@ class Point:
 
 
 def time_points(
-    target: Any, drafter: DreamDrafter, prompts: Sequence[Mapping[str, Any]], points: Sequence[Point], title: str
+    target: Any,
+    drafter: DreamDrafter,
+    prompts: Sequence[Mapping[str, Any]],
+    points: Sequence[Point],
+    title: str,
+    journal: Journal | None = None,
 ) -> dict[Point, float]:
     """Median seconds per step of each point, all of them on one prompt before the next; the first prompt warms up.
 
@@ -48,20 +55,31 @@ def time_points(
         drafter (`DreamDrafter`): The drafter.
         prompts (`Sequence[Mapping]`): Encoded, one row each.
         points (`Sequence[Point]`): What to time.
-        title (`str`): For the progress bar.
+        title (`str`): For the progress bar and the journal.
+        journal (`Journal`, *optional*): Keeps what was timed, prompt by prompt.
     """
-    times: dict[Point, list[float]] = {point: [] for point in points}
-    rounds = [prompts[0], *prompts]
-    with tqdm(total=len(rounds) * len(points), desc=title, unit="run") as progress:
-        for turn, inputs in enumerate(rounds):
+    journal = journal or Journal()
+    names = [f"{title} {turn}" for turn in range(len(prompts))]
+    with tqdm(total=(len(prompts) + 1) * len(points), desc=title, unit="run") as progress:
+
+        def time_all(inputs: Mapping[str, Any], turn: int) -> list[list[float]]:
+            """Seconds of each point's steps on one prompt, timed in an order that rotates."""
             gc.collect()
-            for index in range(len(points)):
-                point = points[(index + turn) % len(points)]
-                seconds = step_seconds(target, inputs, point.method(drafter))
-                if turn:
-                    times[point] += seconds
+            seconds: dict[int, list[float]] = {}
+            for place in range(len(points)):
+                index = (place + turn) % len(points)
+                seconds[index] = step_seconds(target, inputs, points[index].method(drafter))
                 progress.update()
-    silent = [str(point.shape) for point, seconds in times.items() if not seconds]
+            return [seconds[index] for index in range(len(points))]
+
+        if any(name not in journal for name in names):
+            time_all(prompts[0], 0)
+        rounds = [
+            journal.once(name, partial(time_all, inputs, turn))
+            for turn, (name, inputs) in enumerate(zip(names, prompts, strict=True), start=1)
+        ]
+    times = {point: [value for seconds in rounds for value in seconds[index]] for index, point in enumerate(points)}
+    silent = [str(point.shape or "plain") for point, seconds in times.items() if not seconds]
     if silent:
         raise ValueError(
             f"`prompts`: their answers are over before a step of {silent} could be timed; use prompts with longer answers."
@@ -75,16 +93,16 @@ def step_seconds(target: Any, inputs: Mapping[str, Any], method: Method) -> list
     inputs = on_model(inputs, target)
     depth = method.drafting.get("tree_depth", 0)
     limit = STEPS_PER_RUN * (1 + min(depth, 4)) + 1
-    with method.ready(target, inputs, 0.0, limit) as arguments:
-        synchronize(target.device)
-        output = target.generate(**inputs, **arguments, streamer=clock)
+    arguments = method.ready(0.0, limit)
+    synchronize(target.device)
+    output = target.generate(**inputs, **arguments, streamer=clock)
     num_tokens = len(clock.times) - 1  # the first entry is the prompt
     gains = [1] * (num_tokens - 1)
     if not isinstance(output, torch.Tensor):
         gains = [gain for gain in output.accepted_lengths[0].tolist() if gain > 0]
     ends = np.cumsum([1, *gains])  # the entry of each step's last token
     times = np.array(clock.times)[ends]
-    return list(np.diff(times)[1:-1])
+    return np.diff(times)[1:-1].tolist()
 
 
 def measure_costs(
@@ -93,6 +111,7 @@ def measure_costs(
     prompts: Sequence[Mapping[str, Any]],
     space: Space,
     draft_threads: int | None = None,
+    journal: Journal | None = None,
 ) -> StepCosts:
     """Time steps with trees of few and many levels, and of few and many nodes, and tell the parts apart."""
     wide, deep = max(space.top_ks), space.max_depth
@@ -112,7 +131,7 @@ def measure_costs(
     node_check = Shape(deep, wide, largest.tree_size, tree_min_node_probability=NEVER)
     shapes = dict.fromkeys([*by_level, *by_size, largest, level_check, node_check])
     points = [Point(None), *(Point(shape, draft_threads) for shape in shapes)]
-    seconds = time_points(target, drafter, prompts, points, "costs")
+    seconds = time_points(target, drafter, prompts, points, "costs", journal)
     times = {point.shape: value for point, value in seconds.items() if point.shape is not None}
     return fit_costs(
         seconds[Point(None)],

@@ -7,37 +7,29 @@ start from.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...data.prompts import on_model
-from ...decoding import loop as generation
+from ...decoding.drafter import Drafter, DrafterAround, DraftSession, Prefill, Verified
+from ...decoding.settings import DraftSettings
 from ...decoding.tree import DraftTree
-from ...drafters.dream.configuration import DreamConfig
-from ...drafters.dream.drafter import DreamDrafter
-from ...drafters.dream.state import DrafterState
-from ...drafters.growth import LEVEL_PRICE, grow_tree
-from ...drafters.levels import TargetHead
+from ...drafters.growth import LEVEL_PRICE, Level, LevelSource, grow_tree
 from ..methods import Method
 from .choice import Space, Trace, num_candidates
 
-AS_IT_IS = {"compile": False, "pause_below": 0.0}  # of the drafter while it is traced
-
 
 def trace_answer(
-    target: Any, drafter: DreamDrafter, inputs: Mapping[str, Any], temperature: float, limit: int, space: Space
+    target: Any, drafter: Drafter, inputs: Mapping[str, Any], temperature: float, limit: int, space: Space
 ) -> dict[int, Trace] | None:
     """Decode one prompt, token by token, and draft full trees below every token.
 
     Args:
         target (`PreTrainedModel`): The target.
-        drafter (`DreamDrafter`): The drafter; its config is as before on return.
+        drafter (`Drafter`): The drafter, whose sessions offer their levels; not changed.
         inputs (`Mapping`): A processor's output, one row.
         temperature (`float`): 0 is greedy. A sampled answer is what speculative decoding would have drawn, too.
         limit (`int`): Longest answer.
@@ -46,50 +38,29 @@ def trace_answer(
     Returns:
         `dict`: A trace for each top-k; None where the answer is a single token, which the prefill gives.
     """
-    method = Method("trace", {"assistant_model": drafter, "return_dict_in_generate": True}, AS_IT_IS)
+    tracing = TracingDrafter(drafter.with_settings(compile=False, pause_below=0.0), space)
+    method = Method("trace", {"assistant_model": tracing, "return_dict_in_generate": True})
     inputs = on_model(inputs, target)
-    with method.ready(target, inputs, temperature, limit) as arguments:
-        tracer = _Tracer(drafter.config, space)
-        with _growing_with(tracer.grow):
-            output = target.generate(**inputs, **arguments)
+    output = target.generate(**inputs, **method.ready(temperature, limit))
     answer = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return tracer.traces(answer) if len(answer) > 1 else None
+    return tracing.traces(answer) if len(answer) > 1 else None
 
 
-@contextmanager
-def _growing_with(grow: Any) -> Iterator[None]:
-    """Let the loop draft with `grow`."""
-    original = generation.grow_tree
-    generation.grow_tree = grow
-    try:
-        yield
-    finally:
-        generation.grow_tree = original
+class TracingDrafter(DrafterAround):
+    """Grows full trees where the loop asks for a tree, and gives it none, so that every step gains one token.
 
+    Args:
+        drafter (`Drafter`): Whose trees to grow; its sessions are [`LevelSession`]s.
+        space (`Space`): How deep and wide they are.
+    """
 
-class _Tracer:
-    """Grows full trees where the loop asks for a tree, and gives it none."""
-
-    def __init__(self, config: DreamConfig, space: Space):
+    def __init__(self, drafter: Drafter, space: Space):
+        super().__init__(drafter)
         self.space = space
-        self.configs: dict[int, Any] = {}
-        for top_k in space.top_ks:
-            full = copy.copy(config)
-            full.tree_depth, full.tree_top_k = space.max_depth, top_k
-            full.tree_size = num_candidates(space.max_depth, top_k)
-            full.tree_min_level_probability = full.tree_min_node_probability = 0.0
-            self.configs[top_k] = full
         self.found: dict[int, list[_FullTree]] = {top_k: [] for top_k in space.top_ks}
 
-    def grow(
-        self, state: DrafterState, head: TargetHead, roots: torch.Tensor, config: DreamConfig, max_depth: int | None
-    ) -> DraftTree:
-        """Stands in for `grow_tree`: a tree of the root alone, so that the step gains one token."""
-        for top_k, full in self.configs.items():
-            scores: list[torch.Tensor] = []
-            tree = grow_tree(state, _with_scores(head, top_k, scores), roots, full)
-            self.found[top_k].append(_FullTree(tree, scores, top_k, head.ends))
-        return DraftTree.chain(roots)
+    def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
+        return _TracingSession(self, super().start(prefill, settings), settings, prefill.end_ids)
 
     def traces(self, answer: list[int]) -> dict[int, Trace]:
         """What the trees held of an answer; the n-th tree has its n-th token at the root."""
@@ -108,18 +79,53 @@ class _Tracer:
         return traces
 
 
-def _with_scores(head: TargetHead, top_k: int, scores: list[torch.Tensor]) -> TargetHead:
-    """The same head, that notes the log-probabilities (beams, k) of the likeliest successors, level by level.
+class _TracingSession(DraftSession):
+    """A session of a [`TracingDrafter`], around one that reads and makes levels."""
 
-    It lets trees grow on below ends, so that all have the same nodes.
-    """
+    def __init__(self, tracing: TracingDrafter, inner: Any, settings: DraftSettings, ends: frozenset[int]):
+        self.tracing, self.inner, self.ends = tracing, inner, ends
+        space = tracing.space
+        self.settings = {
+            top_k: settings.changed(
+                tree_depth=space.max_depth,
+                tree_top_k=top_k,
+                tree_size=num_candidates(space.max_depth, top_k),
+                tree_min_level_probability=0.0,
+                tree_min_node_probability=0.0,
+            )
+            for top_k in space.top_ks
+        }
 
-    def logits(features: torch.Tensor) -> torch.Tensor:
-        values = head.logits(features)
-        scores.append(values[0].log_softmax(-1).topk(top_k, dim=-1).values.cpu())
-        return values
+    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+        for top_k, settings in self.settings.items():
+            levels = _NotedLevels(self.inner.levels())
+            tree = grow_tree(levels, root_tokens, settings)  # below ends, too, so that all have the same nodes
+            self.tracing.found[top_k].append(_FullTree(tree, levels.scores, top_k, self.ends))
+        return DraftTree.chain(root_tokens)
 
-    return replace(head, logits=logits, ends=frozenset())
+    def read(self, verified: Verified) -> None:
+        self.inner.read(verified)
+
+
+class _NotedLevels:
+    """Levels of one row whose scores are noted: cumulative log-probabilities of all nodes, level by level."""
+
+    def __init__(self, source: LevelSource):
+        self.source = source
+        self.scores: list[torch.Tensor] = []  # (n,) each
+
+    def first_level(self, num_levels: int, top_k: int) -> Level:
+        return self._noted(self.source.first_level(num_levels, top_k))
+
+    def next_level(self, level: Any, places: list[int], depth: int, top_k: int) -> Level:
+        return self._noted(self.source.next_level(level, places, depth, top_k))
+
+    def forget_levels(self) -> None:
+        self.source.forget_levels()
+
+    def _noted(self, level: Level) -> Level:
+        self.scores.append(level.scores[0].cpu())
+        return level
 
 
 class _FullTree:
@@ -127,21 +133,16 @@ class _FullTree:
 
     def __init__(self, tree: DraftTree, scores: list[torch.Tensor], top_k: int, ends: frozenset[int]):
         self.tokens, self.parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-        own = np.concatenate([level.double().flatten().numpy() for level in scores])
-        if len(own) + 1 != len(self.tokens):
-            raise RuntimeError(f"A tree of {len(self.tokens)} nodes was grown from {len(own)} candidates.")
+        found = torch.cat(scores)
+        if len(found) + 1 != len(self.tokens):
+            raise RuntimeError(f"A tree of {len(self.tokens)} nodes was grown from {len(found)} candidates.")
         self.ends = [num_candidates(level, top_k) for level in range(1, len(scores) + 1)]
-        total = np.zeros(len(self.tokens))
-        for start, end in zip([0, *self.ends], self.ends, strict=False):
-            parents = self.parents[start + 1 : end + 1]
-            total[start + 1 : end + 1] = own[start:end] + total[parents]
-        self.probabilities = np.exp(total[1:])
-        levels = np.searchsorted(self.ends, np.arange(len(own)), side="right")
-        self.log_probs = total[1:]
-        self.scores = self.log_probs - LEVEL_PRICE * levels
+        # In the precision in which growth ranks them.
+        prices = torch.tensor([LEVEL_PRICE * level for level, part in enumerate(scores) for _ in range(len(part))])
+        self.log_probs, self.scores = found.double().numpy(), (found - prices).double().numpy()
         starts = [0, *self.ends[:-1]]
         # As growth sees it: the probability of the top-k nodes of a level together, of those that do not end the text.
-        probabilities = np.where(np.isin(self.tokens[1:], list(ends)), 0.0, self.probabilities)
+        probabilities = np.where(np.isin(self.tokens[1:], list(ends)), 0.0, np.exp(self.log_probs))
         self.promise = np.array(
             [np.sort(probabilities[start:end])[-top_k:].sum() for start, end in zip(starts, self.ends, strict=True)]
         )

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...data.prompts import PromptEncoder
 from ...drafters.dream.drafter import DreamDrafter
-from ..measure import Measurement, measure
+from ..measure import Measurement
 from ..provenance import describe_run
 from ..runner import Settings
 from ..tasks import Prompt
-from .choice import Forecast, Shape, Space, StepCosts, Trace, pick_finalists, rank_shapes
-from .costs import Point, measure_costs, time_points
+from .choice import Forecast, Space, StepCosts, pick_finalists, rank_shapes
+from .costs import Point
+from .journal import Journal
+from .rounds import Rounds, current_shape
 from .store import machine_name
-from .traces import trace_answer
 
 logger = logging.get_logger(__name__)
 
-NUM_TIMED = 3  # prompts whose steps are timed
 NUM_LISTED = 10  # shapes in the report
 NUM_FINALISTS = 2, 3  # shapes without and with thresholds that run end to end
-Inputs = Mapping[str, Any]
 
 
 def tune(
@@ -37,6 +35,7 @@ def tune(
     settings: Settings | None = None,
     space: Space | None = None,
     date: str | None = None,
+    output: str | Path | None = None,
 ) -> dict[str, Any]:
     """Find the settings of a drafter that give most tokens per second on this machine, one prompt at a time.
 
@@ -47,50 +46,52 @@ def tune(
     Args:
         target (`PreTrainedModel`): The target.
         processor: Its processor.
-        drafter (`DreamDrafter`): The drafter; its config is as before on return, see [`apply_tuning`].
+        drafter (`DreamDrafter`): The drafter; not changed, see [`apply_tuning`].
         prompts (`Sequence[Prompt]`): From [`load_prompts`]; a few of each kind to come.
         settings (`Settings`, *optional*): Temperatures, all of which count alike, longest answer, seed.
         space (`Space`, *optional*): Shapes to choose from.
         date (`str`, *optional*): For the result; today's by default.
+        output (`str` or `Path`, *optional*): Folder that keeps what has been measured, in `tuning/`: a stopped tuning goes on
+            when it is started again with the same arguments.
 
     Returns:
         `dict`: `machine`; `settings` for the drafter's config; `speeds` measured with them; `measured`, what ran end to end;
         `predicted`, the best shapes by forecast; `costs` of a step's parts; `provenance`.
 
     Raises:
-        ValueError: No prompts, a value out of range, or answers too short to time anything.
+        ValueError: No prompts, a value out of range, answers too short to time anything, or an `output` begun with other
+            arguments.
     """
     settings, space = settings or Settings(), _fitting(space or Space(), drafter)
-    settings.check()
-    if not prompts:
-        raise ValueError("`prompts` is empty; load some with `load_prompts`.")
-    if settings.batch_size != 1:
-        raise ValueError(f"`batch_size` ({settings.batch_size}) must be 1: trees are tuned for one prompt at a time.")
+    _check(prompts, settings)
     encoder = PromptEncoder(processor)
     inputs = [encoder.encode([(prompt.messages, prompt.images)]) for prompt in prompts]
-    timed = inputs[:: max(len(inputs) // NUM_TIMED, 1)][:NUM_TIMED]
-    draft_threads = _pick_draft_threads(target, drafter, timed)
-    costs = measure_costs(target, drafter, timed, space, draft_threads)
-    traces = _trace(target, drafter, inputs, settings, space)
-    ranking = rank_shapes(space, traces, costs)
-    shapes = pick_finalists(ranking, *NUM_FINALISTS)
-    current = _current_shape(drafter)
-    points = [Point(None), *(Point(shape, draft_threads) for shape in dict.fromkeys([current, *shapes]))]
-    measured = _summarize(_run_finalists(target, drafter, inputs, settings, points))
-    best = min((row for row in measured if row["settings"]), key=lambda row: row["ms_per_token"])
-    plain = measured[0]
-    if best["ms_per_token"] >= plain["ms_per_token"]:
-        logger.warning("Plain decoding was faster than every tree. With `pause_below` the drafter will mostly rest.")
     provenance = describe_run(target, drafter, date=date)
+    identity = {name: provenance[name] for name in ("machine", "target", "drafter", "versions")}
+    identity |= {**asdict(settings), "space": asdict(space), "prompts": [(each.task, each.index) for each in prompts]}
+    journal = Journal(None if output is None else Path(output).expanduser(), identity)
+    rounds = Rounds(target, drafter, inputs, settings, space, journal)
+    draft_threads = rounds.pick_draft_threads()
+    costs = rounds.costs(draft_threads)
+    ranking = rank_shapes(space, rounds.traces(), costs)
+    shapes = [current_shape(drafter), *pick_finalists(ranking, *NUM_FINALISTS)]
+    points = [Point(None), *(Point(shape, draft_threads) for shape in dict.fromkeys(shapes))]
+    measured = _summarize(rounds.run_finalists(points))
     return {
-        "machine": machine_name(provenance["machine"]),
-        "settings": {**best["settings"], "pause_below": round(best["step_ms"] / plain["step_ms"], 2)},
-        "speeds": _speeds(best, plain, provenance),
+        **_found(measured, provenance),
         "measured": measured,
         "predicted": [_row(each) for each in ranking[:NUM_LISTED]],
         "costs": _cost_table(costs),
         "provenance": {**provenance, **asdict(settings), "num_prompts": len(prompts)},
     }
+
+
+def _check(prompts: Sequence[Prompt], settings: Settings) -> None:
+    settings.check()
+    if not prompts:
+        raise ValueError("`prompts` is empty; load some with `load_prompts`.")
+    if settings.batch_size != 1:
+        raise ValueError(f"`batch_size` ({settings.batch_size}) must be 1: trees are tuned for one prompt at a time.")
 
 
 def _fitting(space: Space, drafter: DreamDrafter) -> Space:
@@ -100,54 +101,17 @@ def _fitting(space: Space, drafter: DreamDrafter) -> Space:
     return Space(**{**asdict(space), "top_ks": tuple(k for k in space.top_ks if k <= vocabulary)})
 
 
-def _current_shape(drafter: DreamDrafter) -> Shape:
-    names = Shape.__dataclass_fields__
-    return Shape(**{name: getattr(drafter.config, name) for name in names})
-
-
-def _pick_draft_threads(target: Any, drafter: DreamDrafter, timed: Sequence[Inputs]) -> int | None:
-    """On a CPU, whether one thread drafts faster than all; the drafter's own setting elsewhere."""
-    own = drafter.config.draft_threads
-    if target.device.type != "cpu" or torch.get_num_threads() == 1:
-        return own
-    points = [Point(_current_shape(drafter), threads) for threads in dict.fromkeys([own, None, 1])]
-    seconds = time_points(target, drafter, timed, points, "threads")
-    return min(points, key=seconds.__getitem__).draft_threads
-
-
-def _trace(
-    target: Any, drafter: DreamDrafter, inputs: Sequence[Inputs], settings: Settings, space: Space
-) -> dict[int, list[Trace]]:
-    """Traces of all answers at all temperatures, by top-k."""
-    traces: dict[int, list[Trace]] = {top_k: [] for top_k in space.top_ks}
-    rounds = [(temperature, index) for temperature in settings.temperatures for index in range(len(inputs))]
-    for temperature, index in tqdm(rounds, desc="acceptance", unit="prompt"):
-        torch.manual_seed(settings.seed + index)
-        found = trace_answer(target, drafter, inputs[index], temperature, settings.max_new_tokens, space)
-        for top_k, trace in (found or {}).items():
-            traces[top_k].append(trace)
-    if not any(traces.values()):
-        raise ValueError("`prompts`: all answers are of a single token; use prompts with longer answers.")
-    return traces
-
-
-def _run_finalists(
-    target: Any, drafter: DreamDrafter, inputs: Sequence[Inputs], settings: Settings, points: Sequence[Point]
-) -> dict[Point, list[Measurement]]:
-    """Whole answers, all ways of decoding on one prompt before the next, in an order that rotates."""
-    runs: dict[Point, list[Measurement]] = {point: [] for point in points}
-    rounds = [(temperature, index) for index in range(len(inputs)) for temperature in settings.temperatures]
-    with tqdm(total=len(rounds) * len(points), desc="finalists", unit="run") as progress:
-        for turn, (temperature, index) in enumerate(rounds):
-            for place in range(len(points)):
-                point = points[(place + turn) % len(points)]
-                torch.manual_seed(settings.seed + index)
-                with point.method(drafter).ready(
-                    target, inputs[index], temperature, settings.max_new_tokens
-                ) as arguments:
-                    runs[point].append(measure(target, inputs[index], arguments))
-                progress.update()
-    return runs
+def _found(measured: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The fastest settings of those that ran, plain decoding first among them, and what they are worth on which machine."""
+    plain = measured[0]
+    best = min((row for row in measured if row["settings"]), key=lambda row: row["ms_per_token"])
+    if best["ms_per_token"] >= plain["ms_per_token"]:
+        logger.warning("Plain decoding was faster than every tree. With `pause_below` the drafter will mostly rest.")
+    return {
+        "machine": machine_name(provenance["machine"]),
+        "settings": {**best["settings"], "pause_below": round(best["step_ms"] / plain["step_ms"], 2)},
+        "speeds": _speeds(best, plain, provenance),
+    }
 
 
 def _summarize(runs: Mapping[Point, Sequence[Measurement]]) -> list[dict[str, Any]]:

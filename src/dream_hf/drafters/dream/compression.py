@@ -28,6 +28,16 @@ class DrafterText:
     order: torch.Tensor
     counts: torch.Tensor
 
+    def to(self, device: torch.device) -> DrafterText:
+        """The same on a device."""
+        return DrafterText(
+            self.embeds.to(device),
+            self.features.to(device),
+            self.positions.to(device),
+            self.order.to(device),
+            self.counts.to(device),
+        )
+
 
 def compress_text(
     embeds: torch.Tensor,  # (B, T, H)

@@ -11,13 +11,13 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ...decoding.settings import DraftSettings
+from .reading import Reading
 
 BLOCK_TYPES = ("initial", "cross", "final")
 MAX_PARAMETERS = 20_000_000_000
 MAX_BLOCKS = 64
 # About what a step with a tree of the default shape costs, in plain steps. An untrained drafter gains 1.0 to 1.5 tokens.
 NEW_DRAFTERS_PAUSE_BELOW = 1.5
-VISUAL_IMPORTANCE = ("attention", "novelty")
 
 
 @strict
@@ -174,12 +174,7 @@ class DreamConfig(PreTrainedConfig):
     def check_drafting(self) -> None:
         """Raise a `ValueError` for decoding defaults that draft nothing; checked again at every `generate()`."""
         self.check_width(DraftSettings.of(self))
-        if not 0.0 < self.visual_keep_ratio <= 1.0:
-            raise ValueError(f"`visual_keep_ratio` ({self.visual_keep_ratio}) must lie in (0, 1].")
-        if self.visual_importance not in VISUAL_IMPORTANCE:
-            raise ValueError(
-                f"`visual_importance` ({self.visual_importance!r}) must be one of {list(VISUAL_IMPORTANCE)}."
-            )
+        Reading(self.visual_keep_ratio, self.visual_importance)  # refuses what has no meaning
 
     def check_width(self, settings: DraftSettings) -> None:
         """Raise a `ValueError` for settings that want more children than there are tokens to draft."""
@@ -189,9 +184,14 @@ class DreamConfig(PreTrainedConfig):
                 raise ValueError(f"`tree_top_k` ({settings.tree_top_k}) must not exceed `{name}` ({size}).")
 
     @property
+    def reading(self) -> Reading:
+        """What a drafter reads of a prompt; a `ValueError` for what has no meaning."""
+        return Reading(self.visual_keep_ratio, self.visual_importance)
+
+    @property
     def needs_attention(self) -> bool:
         """Whether visual tokens are left out by the attention they receive."""
-        return self.visual_keep_ratio < 1.0 and self.visual_importance == "attention"
+        return self.reading.needs_attention
 
     @property
     def num_parameters(self) -> int:

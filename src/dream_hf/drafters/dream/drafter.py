@@ -9,12 +9,13 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import AutoModel, AutoModelForCausalLM
 
-from ...decoding.drafter import Drafter, Needs, Prefill
+from ...decoding.drafter import Drafter, DrafterAround, Needs, Prefill
 from ...decoding.settings import DraftSettings
 from ..vocabulary import sorted_token_ids
 from .checks import check_dream
 from .configuration import DreamConfig
 from .modeling import DreamModel
+from .reading import Reading
 from .session import DreamSession
 
 
@@ -33,7 +34,7 @@ class DreamDrafter(DreamModel, Drafter):
     @property
     def needs(self) -> Needs:
         """The last features and the embeddings of the prompt; attention where visual tokens are left out by it."""
-        return Needs(layers=(-1,), embeds=True, attention=self.config.needs_attention)
+        return _needs(self.config.reading)
 
     def check(self, target: PreTrainedModel, settings: DraftSettings) -> None:
         """Refuse a target that this drafter was not made for, settings beyond its vocabulary, and damaged weights."""
@@ -41,7 +42,21 @@ class DreamDrafter(DreamModel, Drafter):
 
     def start(self, prefill: Prefill, settings: DraftSettings) -> DreamSession:
         """Read a prompt with the target's embeddings and features."""
-        return DreamSession(self, prefill, settings)
+        return DreamSession(self, prefill, settings, self.config.reading)
+
+    def with_reading(self, visual_keep_ratio: float | None = None, visual_importance: str | None = None) -> Drafter:
+        """The same drafter that reads other visual tokens of prompts, for calls of its own; this one is not changed.
+
+        Args:
+            visual_keep_ratio (`float`, *optional*): Share of the visual tokens kept; by default as the config says.
+            visual_importance (`str`, *optional*): Which ones are kept; by default as the config says.
+
+        Raises:
+            ValueError: A value that has no meaning.
+        """
+        own = self.config.reading
+        ratio = own.visual_keep_ratio if visual_keep_ratio is None else visual_keep_ratio
+        return _DreamWithReading(self, Reading(ratio, visual_importance or own.visual_importance))
 
     @classmethod
     def for_target(cls, target: PreTrainedModel, **config_overrides: Any) -> DreamDrafter:
@@ -74,6 +89,27 @@ class DreamDrafter(DreamModel, Drafter):
         ids = None if token_ids is None else sorted_token_ids(token_ids, self.config.vocab_size).to(self.device)
         self.draft_token_ids = ids
         self.config.draft_vocab_size = None if ids is None else len(ids)
+
+
+class _DreamWithReading(DrafterAround):
+    """A [`DreamDrafter`] and a reading of one's own for it."""
+
+    inner: DreamDrafter
+
+    def __init__(self, drafter: DreamDrafter, reading: Reading):
+        super().__init__(drafter)
+        self.reading = reading
+
+    @property
+    def needs(self) -> Needs:
+        return _needs(self.reading)
+
+    def start(self, prefill: Prefill, settings: DraftSettings) -> DreamSession:
+        return DreamSession(self.inner, prefill, settings, self.reading)
+
+
+def _needs(reading: Reading) -> Needs:
+    return Needs(layers=(-1,), embeds=True, attention=reading.needs_attention)
 
 
 for _auto_class in (AutoModel, AutoModelForCausalLM):

@@ -12,6 +12,7 @@ from ..levels import TargetHead
 from ..pending import PendingTokens
 from .compression import compress_text
 from .modeling import DreamModel
+from .reading import Reading
 from .state import DrafterState, DreamLevels
 
 
@@ -22,18 +23,24 @@ class DreamSession(DraftSession):
         drafter (`DreamModel`): The drafter; not changed.
         prefill (`Prefill`): What the target has read, with embeddings and features.
         settings (`DraftSettings`): How to draft.
+        reading (`Reading`, *optional*): What to read of the prompt; by default as the drafter's config says.
     """
 
-    def __init__(self, drafter: DreamModel, prefill: Prefill, settings: DraftSettings):
+    def __init__(self, drafter: DreamModel, prefill: Prefill, settings: DraftSettings, reading: Reading | None = None):
         self.drafter, self.settings = drafter, settings
+        self.reading = reading or drafter.config.reading
         self.head = borrow_head(drafter, prefill)
         self.state, self.pending = self._start_state(prefill)
         self._read_prompt(prefill)
 
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
-        self._catch_up()
         roots = root_tokens.to(self.drafter.device)
-        return grow_tree(DreamLevels(self.state, self.head), roots, self.settings, self.head.ends, max_depth)
+        return grow_tree(self.levels(), roots, self.settings, self.head.ends, max_depth)
+
+    def levels(self) -> DreamLevels:
+        """The levels below the last tokens; what was gained is read first."""
+        self._catch_up()
+        return DreamLevels(self.state, self.head)
 
     def read(self, verified: Verified) -> None:
         assert verified.features is not None  # the drafter needs them
@@ -59,15 +66,14 @@ class DreamSession(DraftSession):
         assert embeds is not None and features is not None  # the drafter needs them
         # A drafter that goes on has read the first of these tokens, and not its feature.
         num_read = int(bool(self.state.tokens.longest))
-        config = self.drafter.config
         device = features.device
         text = compress_text(
             embeds[:, num_read:],
             features[:, num_read:],
             prefill.real.to(device),
             prefill.is_visual[:, num_read:].to(device),
-            config.visual_keep_ratio,
-            config.visual_importance,
+            self.reading.visual_keep_ratio,
+            self.reading.visual_importance,
             None if prefill.attention is None else prefill.attention[:, num_read:].to(device),
         )
         if prefill.longest_text is not None:

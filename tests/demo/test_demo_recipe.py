@@ -13,7 +13,7 @@ from double import tolerance
 from dream_hf.demo import make_examples, make_rows
 from dream_hf.demo.rows import TASKS, sample_truth, to_messages
 
-RECIPE = Path(__file__).parents[1] / "examples" / "demo_pair"
+RECIPE = Path(__file__).parents[2] / "examples" / "demo_pair"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ from trainable import make_rows, make_target, processor
 
 from dream_hf.cli.train import parse
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from double import tolerance
+from folders import FOLDERS
 from safetensors.torch import load_file
 from trainable import make_drafter, make_rows, make_target, make_trainer
 
@@ -33,7 +33,7 @@ SHARED = {
 RUN = """
 import json, os, sys
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 torch.set_num_threads(1)
 from trainable import make_drafter, make_target, make_trainer
 from test_trainer_distributed import UNEVEN
@@ -66,8 +66,13 @@ def run(folder, processes, environment=None, rows="UNEVEN[:4]", **options):
     """Train in `processes` processes; returns the weights, the metrics and the logged losses."""
     folder.mkdir(exist_ok=True)
     script = folder / "run.py"
-    tests = str(Path(__file__).parent)
-    values = {"tests": tests, "folder": str(folder), "options": SHARED | options, "processes": processes, "rows": rows}
+    values = {
+        "tests": FOLDERS,
+        "folder": str(folder),
+        "options": SHARED | options,
+        "processes": processes,
+        "rows": rows,
+    }
     script.write_text(RUN.format(**values))
     command = [sys.executable, str(script)]
     if processes > 1:  # what `accelerate launch` runs; its own command offers gloo only with MPI

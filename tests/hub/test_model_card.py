@@ -16,7 +16,7 @@ from dream_hf.hub.card_content import CardContent, read_content
 from dream_hf.hub.model_card import MARKER, TEMPLATES, render_card, write_card
 from dream_hf.hub.publishing import collect_files
 
-CARDS = Path(__file__).parents[1] / "model_cards"
+CARDS = Path(__file__).parents[2] / "model_cards"
 NAMES = sorted(path.parent.name for path in CARDS.glob("*/recipe.yaml"))
 TARGET = {"name": "org/target", "model_type": "llava", "revision": "abc"}
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -164,7 +164,7 @@ def test_recipes_are_training_arguments(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_snippets_differ_from_the_executed_ones_in_names_only(render, config, name, tmp_path):
-    """tests/test_hub.py runs the snippets of a card; these are the same."""
+    """tests/hub/test_hub.py runs the snippets of a card; these are the same."""
     executed = render_card(dataclasses.replace(read_content(tmp_path, config), drafter="org/dream"))
     target = yaml.safe_load((CARDS / name / "recipe.yaml").read_text())["target"]
     renamed = render.render(name).replace(target, "org/target").replace(f"your-name/dream-{name}", "org/dream")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from double import tolerance
+from folders import FOLDERS
 from processors import make_image
 from safetensors.torch import load_file
 from trainable import arguments, make_able, make_drafter, make_rows, make_target, make_trainer, processor
@@ -383,7 +384,7 @@ def test_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
 
 RUN = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from trainable import make_trainer
 from transformers import TrainerCallback
 from dream_hf import DreamTrainer
@@ -415,7 +416,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, kill):
     options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "feature_noise": 0.2, "rollout_steps": 2}
     options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "warmup_steps": 3}
     folder = str(tmp_path / "killed")
-    script = RUN.format(tests=str(Path(__file__).parent), kill=kill, folder=folder, options=options)
+    script = RUN.format(tests=FOLDERS, kill=kill, folder=folder, options=options)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr[-2000:]
     left = sorted(path.name for path in Path(folder).iterdir())

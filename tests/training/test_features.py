@@ -34,6 +34,20 @@ def extract(target, text: Answered, selection=None, keep_ratio=1.0, importance="
     return made, extractor.drafter_batch(text.inputs, text.answer_mask, made)
 
 
+def test_what_tokens_are_is_asked_once(monkeypatch):
+    made = family("llava_clip_llama").make_target()
+    text, asked, is_visual = answer(family("llava_clip_llama"), made, [5]), [], Target.is_visual
+    monkeypatch.setattr(Target, "is_visual", lambda self, ids: asked.append(ids) or is_visual(self, ids))
+    extractor = FeatureExtractor(Target(made), LayerSelection("none"), 0.5)
+    batch = extractor.drafter_batch(text.inputs, text.answer_mask)
+    assert len(asked) == 1
+    moved = batch.to(torch.device("meta"))
+    for one, other in ((batch, moved), (batch.text, moved.text)):
+        tensors = {name: value for name, value in vars(one).items() if isinstance(value, torch.Tensor)}
+        assert len(tensors) >= 2 and all(getattr(other, name).is_meta for name in tensors)
+        assert all(getattr(other, name).shape == value.shape for name, value in tensors.items())
+
+
 # -- the selected layer -----------------------------------------------------------------------------------------------
 
 

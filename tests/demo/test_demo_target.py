@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from dream_hf.demo import make_examples, score_answer
 from dream_hf.demo.rows import TRAIN_SEED_LIMIT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "src" / "dream_hf" / "demo" / "target"
 HELD_OUT_SEED = TRAIN_SEED_LIMIT + 77
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..hub.downloads import HUB_ERRORS, explain_upload
-from ..hub.publishing import collect_files, commit_files, create_repo
-from .checkpoint_files import check_shapes, load_config, open_checkpoint
-from .dream.configuration import DreamConfig
-from .dream.drafter import DreamDrafter
+from ...hub.publishing import collect_files, commit_files, create_repo
+from ..checkpoint_files import check_shapes, load_config, open_checkpoint
+from .configuration import DreamConfig
+from .drafter import DreamDrafter
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,7 @@ def push_drafter(
     checkpoint = open_checkpoint(folder, DreamConfig.model_type)
     check_shapes(folder, checkpoint.shapes, DreamDrafter.expected_shapes(load_config(DreamConfig, folder)))
     if not dry_run:
-        with _explained(repo_id):
-            repo_id = create_repo(repo_id, private=private, token=token)
+        repo_id = create_repo(repo_id, private=private, token=token)
     files = collect_files(folder, repo_id)
     report = PushReport(
         repo_id,
@@ -85,18 +81,8 @@ def push_drafter(
     )
     if dry_run:
         return report
-    with _explained(repo_id):
-        url = commit_files(repo_id, files, commit_message=commit_message, token=token, create_pr=create_pr)
+    url = commit_files(repo_id, files, commit_message=commit_message, token=token, create_pr=create_pr)
     return PushReport(report.repo_id, report.files, report.left_out, url)
-
-
-@contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Let what the Hub library raises say what to do."""
-    try:
-        yield
-    except HUB_ERRORS as error:
-        raise OSError(explain_upload(repo_id, error)) from error
 
 
 def _is_left_out(path: Path, files: dict) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import family
+from grown import grow
 
 import dream_hf  # noqa: F401
 from dream_hf import DreamConfig, DreamDrafter
@@ -25,7 +26,7 @@ def grown():
     head = TargetHead(target.embed, lambda features: target.logits(features) / 4)
     ids = torch.randint(5, 90, (1, 9))
 
-    def grow(ends=(), max_depth=None, **settings):
+    def grown_tree(ends=(), max_depth=None, **settings):
         for name, value in settings.items():
             setattr(drafter.config, name, value)
         state = DrafterState(drafter, 1)
@@ -34,7 +35,7 @@ def grown():
             ending = replace(head, ends=frozenset(ends))
             return grow(state, ending, ids[:, -1:], drafter.config, max_depth), state
 
-    return grow
+    return grown_tree
 
 
 def test_nothing_is_left_out_by_default(grown):

@@ -28,7 +28,7 @@ def test_warm_up_is_a_share_of_any_run_and_the_paper_s_in_its_recipe(tmp_path):
     args = arguments(tmp_path)
     assert [args.get_warmup_steps(steps) for steps in (1, 30, 100, 68_000)] == [1, 1, 3, 2040]
     for name in ("paper", "rollout"):
-        recipe = yaml.safe_load((Path(__file__).parents[1] / f"examples/recipes/{name}.yaml").read_text())
+        recipe = yaml.safe_load((Path(__file__).parents[2] / f"examples/recipes/{name}.yaml").read_text())
         assert recipe["warmup_steps"] == 2000
 
 

@@ -19,7 +19,7 @@ from dream_hf.cli.main import parse as parse_command
 from dream_hf.cli.train import parse as parse_train
 from dream_hf.cli.train_parser import TrainParser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [
     *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.*"), *ROOT.glob("benchmarks/*.*"),
     *ROOT.glob("model_cards/**/*.*"), *ROOT.glob("src/dream_hf/cli/*.py"),

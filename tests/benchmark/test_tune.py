@@ -234,9 +234,8 @@ def test_generate_does_what_traces_foretell(temperature):
         assert all(sum(map(sum, each)) == 63 for each in found.values())
         return
     for shape, foretold in found.items():
-        for name, value in shape.settings().items():
-            setattr(drafter.config, name, value)
-        assert gains(generate(target, inputs, assistant_model=drafter)) == foretold, shape
+        drafting = drafter.with_settings(**shape.settings())
+        assert gains(generate(target, inputs, assistant_model=drafting)) == foretold, shape
 
 
 def test_an_answer_of_one_token_has_no_trace():

@@ -11,7 +11,7 @@ from dream_hf.benchmark.tables import render
 from dream_hf.cli.bench import MAX_NEW_TOKENS, NUM_PROMPTS
 from dream_hf.cli.main import make_parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 ENTRY = re.compile(r"^\| \[`(?P<name>[^`]+)`\]\((?P<link>[^)]+)\) \|.*\| `(?P<command>[^`]+)` \|$", re.MULTILINE)
 

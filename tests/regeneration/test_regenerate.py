@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from folders import FOLDERS
 from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 
@@ -223,7 +224,7 @@ import os, sys
 sys.path[:0] = {paths!r}
 from test_regenerate import EOS_BIAS, rows, run
 from tiny_pair import tiny_target
-from dream_hf import answer_store
+from dream_hf.regeneration import store as answer_store
 
 add, kill_at = answer_store.AnswerStore.add, int(sys.argv[2])
 def killing(self, index, *row):
@@ -237,7 +238,7 @@ os._exit(0)  # gloo's threads now and then abort an interpreter that is shutting
 
 
 def start(output, kill_at=-1, **environment):
-    code = WORKER.format(paths=[str(Path(__file__).parent)])
+    code = WORKER.format(paths=FOLDERS)
     return subprocess.Popen([sys.executable, "-c", code, str(output), str(kill_at)], env={**os.environ, **environment})
 
 

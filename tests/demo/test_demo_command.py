@@ -13,7 +13,8 @@ from tiny_pair import save_pair
 from dream_hf.benchmark.measure import Measurement
 from dream_hf.cli import answer_card, main
 from dream_hf.cli.comparison import Comparison
-from dream_hf.demo import TASKS, make_rows, pair, pictures
+from dream_hf.demo import TASKS, load_pair, make_rows, pictures
+from dream_hf.load_models import BUNDLED
 
 COLOR = re.compile(r"\x1b\[\d*m")
 
@@ -25,8 +26,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def bundled(folders, monkeypatch):
-    monkeypatch.setattr(pair, "TARGET", folders[0])
-    monkeypatch.setattr(pair, "DRAFTER", folders[1])
+    monkeypatch.setitem(BUNDLED, "target", folders[0])
+    monkeypatch.setitem(BUNDLED, "drafter", folders[1])
 
 
 @pytest.fixture
@@ -293,8 +294,8 @@ def test_only_what_is_needed_of_the_bundled_pair_has_to_be_there(folders, file, 
     (tmp_path / "drafter").mkdir()
     for name in {"config.json", "model.safetensors"} - {file}:
         (tmp_path / "drafter" / name).write_bytes((folders[1] / name).read_bytes())
-    monkeypatch.setattr(pair, "TARGET", folders[0])
-    monkeypatch.setattr(pair, "DRAFTER", tmp_path / "drafter")
+    monkeypatch.setitem(BUNDLED, "target", folders[0])
+    monkeypatch.setitem(BUNDLED, "drafter", tmp_path / "drafter")
     alone = ["generate", "--target", "demo", "--device", "cpu", "--prompt", "x", "--max-new-tokens", "4", "--json"]
     assert main(alone) == 0
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 4
@@ -303,16 +304,16 @@ def test_only_what_is_needed_of_the_bundled_pair_has_to_be_there(folders, file, 
         message = refusal(capsys, *arguments)
         assert needed in message and "or name your own with --drafter" in message
     with pytest.raises(OSError, match="demo drafter is incomplete"):
-        pair.load_pair()
-    monkeypatch.setattr(pair, "DRAFTER", folders[1])
-    monkeypatch.setattr(pair, "TARGET", tmp_path / "drafter")
+        load_pair()
+    monkeypatch.setitem(BUNDLED, "drafter", folders[1])
+    monkeypatch.setitem(BUNDLED, "target", tmp_path / "drafter")
     assert f"demo target is incomplete: this copy of the package came without demo/target/{file}" in refusal(
         capsys, *alone
     )
 
 
 def test_load_pair(bundled):
-    target, drafter, processor = pair.load_pair()
+    target, drafter, processor = load_pair()
     assert target.dtype == drafter.dtype == torch.float32
     assert not target.training and not drafter.training
     assert processor.chat_template

@@ -32,9 +32,10 @@ from transformers import (
 
 import dream_hf
 from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.drafters import checkpoint_files
 from dream_hf.drafters.checkpoint_files import DamagedFileError
 from dream_hf.drafters.dream.conversion import convert_checkpoint
-from dream_hf.drafters.push import push_drafter
+from dream_hf.hub import push_drafter
 
 REPO = "org/dream-tiny"
 
@@ -135,6 +136,28 @@ def test_life_cycle(hub, monkeypatch, tmp_path):
         hub.faults.clear()
         assert_same_weights(DreamDrafter.from_pretrained(REPO, cache_dir=cache_dir), first)
         assert_same_weights(DreamDrafter.from_pretrained(REPO, cache_dir=cache_dir, local_files_only=True), first)
+
+
+def test_a_file_in_the_cache_is_hashed_once_until_it_changes(hub, monkeypatch):
+    make_drafter().push_to_hub(REPO)
+    hashed, sha256 = [], checkpoint_files._sha256
+    monkeypatch.setattr(checkpoint_files, "_sha256", lambda file: hashed.append(file) or sha256(file))
+    DreamDrafter.from_pretrained(REPO)
+    DreamDrafter.from_pretrained(REPO)
+    (blob,) = hashed
+    os.utime(blob)
+    assert_same_weights(DreamDrafter.from_pretrained(REPO), make_drafter())
+    assert hashed == [blob, blob]
+    (note,) = blob.parents[1].glob(".dream_hf_verified/*")
+    assert note.name == blob.name and huggingface_hub.scan_cache_dir(blob.parents[2]).warnings == []
+    blob.write_bytes(blob.read_bytes()[:-1] + b"~")  # of the same size, later
+    with pytest.raises(DamagedFileError, match=r"model.safetensors.*SHA-256.*removed: load again"):
+        DreamDrafter.from_pretrained(REPO)
+    assert_same_weights(DreamDrafter.from_pretrained(REPO), make_drafter())
+    note.unlink()
+    note.parent.rmdir()
+    note.parent.write_text("")  # no folder can be made here, as in a cache that may not be written to
+    DreamDrafter.from_pretrained(REPO)
 
 
 def _saved(drafter, tmp_path):
@@ -310,7 +333,7 @@ def test_snippets_of_the_card_of_a_text_only_target_run(hub, without_requirement
 def test_snippets_of_the_docs_run(hub, published_pair, without_requirements, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in python_blocks((Path(__file__).parents[1] / "docs" / "hub.md").read_text()):
+    for block in python_blocks((Path(__file__).parents[2] / "docs" / "hub.md").read_text()):
         exec(block, names)
     assert names["output"].shape[1] == names["inputs"]["input_ids"].shape[1] + 20
     assert json.loads(hub.read("org/dream-llava-v1.6-7b", "config.json"))["tree_depth"] == 5
@@ -341,6 +364,17 @@ def test_push_refuses_a_folder_that_would_not_load(hub, pair, tmp_path):
     with pytest.raises(ValueError, match="`folder`"):
         push_drafter(tmp_path / "nothing", REPO, dry_run=False)
     assert hub.num_requests == 0
+
+
+def test_every_way_to_upload_says_why_it_failed(hub, pair, tmp_path):
+    drafter, name = make_drafter(), "no id at all"
+    for upload in (
+        lambda: drafter.push_to_hub(name),
+        lambda: drafter.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=name),
+        lambda: push_drafter(pair[1], name, dry_run=False),
+    ):
+        with pytest.raises(OSError, match=r"Could not upload to 'no id at all': it is no Hub id.*Check the spelling"):
+            upload()
 
 
 def test_push_as_a_pull_request_leaves_the_branch_alone(hub, pair):

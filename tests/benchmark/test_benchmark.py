@@ -7,6 +7,7 @@ import json
 import warnings
 from dataclasses import replace
 from itertools import pairwise
+from threading import Thread
 
 import datasets
 import numpy as np
@@ -17,25 +18,26 @@ from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 from transformers import CompileConfig
 
 from dream_hf.benchmark import METHODS, Settings, load_prompts, make_methods, run_benchmark
-from dream_hf.benchmark import phases as phases_module
 from dream_hf.benchmark import runner as runner_module
+from dream_hf.benchmark.clocks import SYNC_MESSAGE, PhaseClock, clocked, count_syncs
 from dream_hf.benchmark.measure import Measurement, measure
 from dream_hf.benchmark.methods import COMPILED_METHODS
-from dream_hf.benchmark.phases import FUNCTIONS, PHASES, clocked, find_function, profile_steps
+from dream_hf.benchmark.profiling import PHASES, profile_steps, time_shares
 from dream_hf.benchmark.public_sets import PUBLIC_SETS, with_choices
-from dream_hf.benchmark.shares import OwnerClock, time_shares, watching
 from dream_hf.benchmark.statistics import bootstrap_interval, median_of, median_ratio, ratio_of_totals, summarize
-from dream_hf.benchmark.syncs import MESSAGE, count_syncs
 from dream_hf.data.prompts import PromptEncoder
-from dream_hf.decoding import loop as generation
+from dream_hf.decoding.drafter import DrafterAround, DraftSession
 from dream_hf.demo import make_rows
 from dream_hf.drafters.dream import state as drafter_state
 from dream_hf.drafters.dream.functional import DecodingForward, decoding_forward
-from dream_hf.drafters.levels import TargetHead
 from dream_hf.hub.model_card import write_card
 from dream_hf.runtime.compilation import _compiled
+from dream_hf.runtime.phases import DRAFTER, TARGET, clocked_by, phase
+
+KEEPS_DOUBLE = False  # some of these targets are compiled
 
 SETTINGS = Settings(max_new_tokens=10, num_warmup=1)
+GENERATE = {"do_sample": False, "max_new_tokens": 10, "return_dict_in_generate": True}
 GREEDY = Settings(temperatures=(0.0,), max_new_tokens=10, num_warmup=1)
 
 
@@ -157,27 +159,46 @@ def test_a_measurement_agrees_with_generate(target, drafter):
 def test_gains_of_assisted_generation_count_its_first_draft(target):
     methods = make_methods(["plain", "assisted"], target, assistant=tiny_target(2.6))
     inputs = encoded(prompts()[0])
-    with methods[1].ready(target, inputs, 0.0, 10) as arguments:
-        found = measure(target, inputs, arguments)
+    found = measure(target, inputs, methods[1].ready(0.0, 10))
     num_later = len(found.tokens) - 1
     assert sum(found.gains) == (num_later if found.num_first_tokens == 1 else len(found.tokens))
 
 
-def test_methods_set_the_drafter_up_and_back(target, drafter):
-    methods = {m.name: m for m in make_methods(METHODS, target, drafter, target, [(2, 2, 4)], [0.5])}
-    assert list(methods) == [*METHODS, "dream_tree 2/2/4", "dream_tree keep=0.5"]
-    before, inputs = drafter.config.to_dict(), encoded(prompts()[0])
-    with methods["dream_chain"].ready(target, inputs, 0.0, 10) as arguments:
-        assert (drafter.config.tree_top_k, drafter.config.tree_size, drafter.config.tree_depth) == (1, 3, 3)
-        assert arguments["do_sample"] is False
-    with methods["dream_tree keep=0.5"].ready(target, inputs, 1.0, 10) as arguments:
-        assert drafter.config.visual_keep_ratio == 0.5
-        assert (arguments["temperature"], arguments["top_k"], arguments["top_p"]) == (1.0, 0, 1.0)
+def test_methods_set_drafters_up_and_leave_the_one_they_are_given_as_it_is(target, drafter):
+    before = drafter.config.to_dict()
+    methods = {m.name: m for m in make_methods(METHODS, target, drafter, target, [(2, 2, 4)], [0.5], True)}
+    assert list(methods) == [*METHODS, "dream_tree 2/2/4", "dream_tree keep=0.5", "dream_tree blind"]
+    arguments = methods["dream_chain"].ready(0.0, 10)
+    chain = arguments["assistant_model"].settings
+    assert (chain.tree_top_k, chain.tree_size, chain.tree_depth) == (1, 3, 3)
+    assert arguments["do_sample"] is False and arguments["max_new_tokens"] == 10
+    arguments = methods["dream_tree keep=0.5"].ready(1.0, 10)
+    assert arguments["assistant_model"].reading.visual_keep_ratio == 0.5
+    assert arguments["assistant_model"].settings == drafter.settings
+    assert (arguments["temperature"], arguments["top_k"], arguments["top_p"]) == (1.0, 0, 1.0)
+    assert methods["dream_tree_compiled"].ready(0.0, 10)["assistant_model"].settings.compile is True
+    assert methods["dream_tree"].ready(0.0, 10)["assistant_model"] is drafter
+    assert not methods["dream_tree blind"].ready(0.0, 10)["assistant_model"].needs.attention
     assert drafter.config.to_dict() == before
     assert target.config.image_token_id in methods["prompt_lookup"].arguments["suppress_tokens"]
-    with methods["dream_tree_compiled"].ready(target, inputs, 0.0, 10):
-        assert drafter.config.compile is True
-    assert drafter.config.compile is False
+
+
+@pytest.mark.parametrize("importance", ["attention", "novelty"])
+def test_a_reading_of_ones_own_is_that_of_a_config(target, importance):
+    """Only as many visual tokens reach the blocks, and attention is asked for, as with a config that says so."""
+    inputs, options = encoded(prompts()[0]), {"do_sample": False, "max_new_tokens": 4}
+    kept = {"visual_keep_ratio": 0.5, "visual_importance": importance}
+    own, made = tiny_drafter(target), tiny_drafter(target, **kept)
+    seen = []
+    for model, drafter in ((made, made), (own, own.with_reading(**kept)), (own, own.with_settings(tree_depth=6))):
+        with model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+            target.generate(**inputs, **options, assistant_model=drafter)
+        assert drafter.needs.attention == (importance == "attention" or drafter.plain is own)
+    first, num_calls = seen[0], len(seen) // 3
+    assert torch.equal(seen[num_calls], first) and seen[2 * num_calls].shape[1] > first.shape[1]
+    assert own.config.visual_keep_ratio == 0.75
+    with pytest.raises(ValueError, match=r"`visual_importance` \('size'\)"):
+        own.with_reading(visual_importance="size")
 
 
 def test_plain_decoding_is_compiled_on_this_device(target):
@@ -185,7 +206,8 @@ def test_plain_decoding_is_compiled_on_this_device(target):
     config = method.arguments["compile_config"]
     config.backend = "eager"  # the quickest of compilers
     inputs = encoded(prompts()[0])
-    with torch._dynamo.config.patch(recompile_limit=64), method.ready(target, inputs, 0.0, 6) as arguments:
+    arguments = method.ready(0.0, 6)
+    with torch._dynamo.config.patch(recompile_limit=64):
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         out = target.generate(**inputs, **arguments)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
@@ -200,12 +222,8 @@ def test_a_blind_drafter_is_not_shown_the_picture(target, drafter):
         for color in ("red", "blue"):
             inputs = PromptEncoder(tiny_processor()).encode([(prompts()[0].messages, [make_image(color=color)])])
             first = []
-            with method.ready(target, inputs, 0.0, 3) as arguments:
-                handle = drafter.layers[0].register_forward_pre_hook(
-                    lambda _, args, first=first: first.append(args[:2])
-                )
-                measure(target, inputs, arguments)
-                handle.remove()
+            with drafter.layers[0].register_forward_pre_hook(lambda _, args, first=first: first.append(args[:2])):
+                measure(target, inputs, method.ready(0.0, 3))
             is_visual = inputs["input_ids"][0] == target.config.image_token_id
             read.setdefault(method.name, []).append(
                 [states[0, : len(is_visual)][is_visual[: states.shape[1]]] for states in first[0]]
@@ -462,7 +480,6 @@ def test_time_shares(target, drafter):
     assert all(0 < share < 1 for share in shares.values())
     assert time_shares(target, encoder, plain, prompts(), 10)["drafter"] == 0
     assert [len(module._forward_hooks) for module in target.modules()] == hooks
-    assert "_prefill" not in vars(target) and generation.TargetHead is TargetHead
 
 
 def test_clocks_leave_the_drafter_its_fast_path(target, drafter, tmp_path, monkeypatch):
@@ -487,8 +504,8 @@ def test_compiled_forwards_are_clocked_and_stay_compiled(target, drafter, tmp_pa
     tree, encoder = replace(methods[1], arguments=arguments), PromptEncoder(tiny_processor())
     inputs = encoded(prompts(1)[0])
     for _ in range(2):
-        with torch._dynamo.config.patch(recompile_limit=64), tree.ready(target, inputs, 0.0, 10) as arguments:
-            measure(target, inputs, arguments)
+        with torch._dynamo.config.patch(recompile_limit=64):
+            measure(target, inputs, tree.ready(0.0, 10))
     with torch._dynamo.config.patch(error_on_recompile=True):  # what the clocks see holds no compiling
         shares = time_shares(target, encoder, tree, prompts(1), 10)
         profile = profile_steps(target, encoder, tree, prompts(1)[0], 10)
@@ -498,37 +515,61 @@ def test_compiled_forwards_are_clocked_and_stay_compiled(target, drafter, tmp_pa
     assert len(compiled) >= 2 and not any(each.is_broken for each in compiled)
 
 
-def test_every_forward_is_clocked(target, drafter, monkeypatch):
-    """As many calls of the target as steps and a prefill; of the drafter one for the prompt and one for each level."""
-    tree = make_methods(["dream_tree"], target, drafter)[1]
-    owners = []
-    leave = OwnerClock.leave
+def test_every_forward_is_clocked(target, drafter):
+    """As many forwards of the target as steps and a prefill; of the drafter one to read on and one for each level."""
+    drafting = {**GENERATE, "assistant_model": drafter.with_settings(pause_below=0.0)}
+    names = []
+    clock = PhaseClock(target.device)
 
-    def noted(self, owner, *rest):
-        owners.append(owner)
-        leave(self, owner, *rest)
+    def noted(name):
+        names.append(name)
+        return clock(name)
 
-    monkeypatch.setattr(OwnerClock, "leave", noted)
-    inputs = encoded(prompts(1)[0])
-    with tree.ready(target, inputs, 0.0, 10) as arguments, watching(target, drafter) as clock:
-        found = measure(target, inputs, arguments)
-    assert owners.count("target") == 1 + len(found.gains)
-    assert owners.count("drafter") >= 3 * len(found.gains)  # the head at every level alone
-    assert 0 < sum(clock.seconds.values()) < found.seconds
+    with clocked_by(noted):
+        found = measure(target, encoded(prompts(1)[0]), drafting)
+    num_steps = len(found.gains)
+    assert names.count(TARGET) == 1 + num_steps
+    assert 2 * num_steps <= names.count(DRAFTER) <= (1 + 3) * num_steps
+    owners = clock.by_owner()
+    assert all(seconds > 0 for seconds in owners.values()) and sum(owners.values()) < found.seconds
 
 
-def test_every_clocked_function_exists():
-    for address in FUNCTIONS:
-        owner, attribute = find_function(address)
-        assert callable(getattr(owner, attribute)), address
-    assert {name for name in FUNCTIONS.values() if name != phases_module.PREFILL} < set(PHASES)
+def test_a_phase_costs_nothing_without_a_clock():
+    assert phase(TARGET) is phase(DRAFTER)  # a context that does nothing, made once
+    with clocked_by(PhaseClock(torch.device("cpu"))):
+        assert phase(TARGET) is not phase(TARGET)
+    assert phase(TARGET) is phase(DRAFTER)
+
+
+def test_phases_count_without_what_runs_inside_them(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dream_hf.benchmark.clocks.time.perf_counter", lambda: now[0])
+    clock = PhaseClock(torch.device("cpu"))
+
+    def take(seconds):
+        now[0] += seconds
+
+    with clocked_by(clock):
+        take(100)
+        for outer in ("prefill", "step", "step"):
+            with phase(outer):
+                take(1)
+                with phase(TARGET):
+                    take(10)
+                    with phase("cache work"), pytest.raises(KeyError), phase(DRAFTER):  # left by an error
+                        take(3)
+                        raise KeyError
+                with phase(DRAFTER):
+                    take(5)
+    assert clock.by_innermost("step") == {"step": 2, TARGET: 20, "cache work": 0, DRAFTER: 16}
+    assert clock.by_innermost("prefill") == {"prefill": 1, TARGET: 10, "cache work": 0, DRAFTER: 8}
+    assert clock.by_owner() == {"target": 39, "drafter": 15}
 
 
 def test_profile(target, drafter, tmp_path):
     tree = make_methods(["dream_tree"], target, drafter)[1]
-    grow = generation.grow_tree
     parts = profile_steps(target, PromptEncoder(tiny_processor()), tree, prompts()[1], 10, tmp_path / "trace.json")
-    assert generation.grow_tree is grow and "forward" not in vars(target) and "forward" not in vars(drafter)
+    assert "forward" not in vars(target) and "forward" not in vars(drafter)
     assert set(parts["milliseconds_per_step"]) == set(PHASES)
     assert parts["host_device_syncs"] is None  # on a CPU there is nothing to wait for
     assert all(value > 0 for value in parts["milliseconds_per_step"].values())
@@ -538,42 +579,56 @@ def test_profile(target, drafter, tmp_path):
     assert {f"dream_hf: {name}" for name in PHASES if name != "rest"} <= names
 
 
+class NoisyDrafter(DrafterAround):
+    """Syncs once when the prompt has been read, three times in the second step, and once in the others."""
+
+    def __init__(self, drafter):
+        super().__init__(drafter)
+        self.num_steps = 0
+
+    def start(self, prefill, settings):
+        sync()
+        return NoisySession(self, super().start(prefill, settings))
+
+
+class NoisySession(DraftSession):
+    def __init__(self, noisy, inner):
+        self.noisy, self.inner = noisy, inner
+
+    def draft(self, root_tokens, max_depth=None):
+        self.noisy.num_steps += 1
+        for _ in range(3 if self.noisy.num_steps == 2 else 1):
+            sync()
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return self.inner.draft(root_tokens, max_depth)
+
+    def read(self, verified):
+        self.inner.read(verified)
+
+
+def sync():
+    """What PyTorch says of each."""
+    warnings.warn(f"called a {SYNC_MESSAGE}", UserWarning, stacklevel=1)
+
+
 def test_syncs_are_counted_step_by_step(target, drafter, monkeypatch):
-    modes, steps, verify, prefill = [], [], generation.Chooser.verify, generation._Decoding.prefill
+    modes, noisy = [], NoisyDrafter(drafter.with_settings(pause_below=0.0))
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-
-    def noisy(self, *args):
-        steps.append(1)
-        for _ in range(3 if len(steps) == 2 else 1):
-            warnings.warn(f"called a {MESSAGE}", UserWarning, stacklevel=1)  # what PyTorch says of each
-        warnings.warn("something else", UserWarning, stacklevel=1)
-        return verify(self, *args)
-
-    def noisy_prefill(self):
-        warnings.warn(f"called a {MESSAGE}", UserWarning, stacklevel=1)
-        prefill(self)
-
-    monkeypatch.setattr(generation.Chooser, "verify", noisy)
-    monkeypatch.setattr(generation._Decoding, "prefill", noisy_prefill)
-    step = generation._Decoding.step
-    tree = make_methods(["dream_tree"], target, drafter)[1]
-    inputs = encoded(prompts(1)[0])
-    with tree.ready(target, inputs, 0.0, 10) as arguments:
-        counts = count_syncs(lambda: measure(target, inputs, arguments))
-    assert len(steps) >= 2 and counts == {"mean": pytest.approx(1 + 2 / len(steps)), "most": 3}
-    assert modes == ["warn", 0] and generation._Decoding.step is step
+    arguments = {**GENERATE, "assistant_model": noisy}
+    counts = count_syncs(lambda: measure(target, encoded(prompts(1)[0]), arguments))
+    assert noisy.num_steps >= 2 and counts == {"mean": pytest.approx(1 + 2 / noisy.num_steps), "most": 3}
+    assert modes == ["warn", 0]
 
 
 def test_clocks_count_inner_phases_once(target, drafter):
     tree = make_methods(["dream_tree"], target, drafter)[1]
-    inputs = encoded(prompts()[0])
-    with tree.ready(target, inputs, 0.0, 10) as arguments:
-        expected = measure(target, inputs, arguments).tokens
-        with clocked(target.device) as clock:
-            found = measure(target, inputs, arguments)
+    inputs, arguments = encoded(prompts()[0]), tree.ready(0.0, 10)
+    expected = measure(target, inputs, arguments).tokens
+    with clocked(target, drafter) as clock:
+        found = measure(target, inputs, arguments)
     assert found.tokens == expected
-    assert sum(clock.seconds.values()) <= found.seconds
+    assert 0 < sum(clock.seconds.values()) <= found.seconds
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------
@@ -749,3 +804,25 @@ def test_torch_is_deterministic_across_methods_at_a_temperature(target, drafter,
     ]
     assert tokens[0] == tokens[1] and results[0]["rows"][0]["match_rate"] is None
     assert torch.is_grad_enabled()
+
+
+def test_other_threads_decode_as_ever_while_methods_are_measured(target, drafter):
+    """A benchmark changes nothing that a call elsewhere could see, in the very middle of its own."""
+    inputs, seen = encoded(prompts(1)[0]), []
+    before = drafter.config.to_dict()
+
+    class Looking(DrafterAround):
+        def start(self, prefill, settings):
+            assert settings.tree_depth == 1 and drafter.config.to_dict() == before
+            other = Thread(target=lambda: seen.append(target.generate(**inputs, **GENERATE, assistant_model=drafter)))
+            with clocked_by(PhaseClock(torch.device("cpu"))):
+                other.start()
+                other.join()
+            return super().start(prefill, settings)
+
+    method = make_methods(["dream_tree"], target, drafter, trees=[(1, 1, 1)], with_blind=True)[2]
+    expected = target.generate(**inputs, **GENERATE, assistant_model=drafter)
+    arguments = method.ready(0.0, 10)
+    measure(target, inputs, {**arguments, "assistant_model": Looking(arguments["assistant_model"])})
+    assert torch.equal(seen[0].accepted_lengths, expected.accepted_lengths)
+    assert torch.equal(seen[0].sequences, expected.sequences)
