@@ -20,6 +20,7 @@ from transformers import CompileConfig, DynamicCache
 from dream_hf.decoding.target_forward import padded_count
 from dream_hf.decoding.tree import DraftTree
 from dream_hf.drafters import growth as drafting
+from dream_hf.drafters import masked_attention
 from dream_hf.drafters.levels import Beams
 from dream_hf.runtime import compilation as compiling
 from dream_hf.runtime.compilation import Settings, compiled_function
@@ -324,6 +325,38 @@ def test_tentative_slots_of_levels():
     slots.rollback()
     layer.update(levels[1], levels[1])
     assert torch.equal(layer.keys[:, :, 3:7], torch.cat([levels[1], levels[1]], dim=2))
+
+
+def test_fixed_layers_leave_inference_mode():
+    """Their buffers and where they write, in all layers of the same slots."""
+    slots, states = Slots([0], path_size=3), some(1, 4, 0)
+    layers = [SlotLayer(slots, is_fixed=True) for _ in range(2)]
+    with torch.inference_mode():
+        for layer in layers:
+            layer.update(states, states)
+        slots.commit([4])
+    for layer in layers:
+        layer.leave_inference_mode()
+    for layer in layers:
+        layer.update(states, states)
+    slots.keep(torch.tensor([[0, 2]]))
+    slots.commit([2])
+    for layer in layers:
+        layer.move()
+        assert torch.equal(layer.keys[:, :, :6], torch.cat([states, states[:, :, [0, 2]]], dim=2))
+        assert layer.get_seq_length() == 6 and layer.keys.shape[2] % BUCKET == 0
+
+
+def test_masks_laid_out_for_accelerators(monkeypatch):
+    target = family("llama").make_target(dtype=torch.float32)
+    inputs = family("llama").make_inputs(target, 2, text_len=40)
+    monkeypatch.setattr(masked_attention, "needs_alignment", lambda device: True)
+    drafter = untrained(target, **SMALL_TREE)
+    expected = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW)
+    out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    assert_same_tokens(expected, out)
+    assert torch.equal(expected.accepted_lengths, out.accepted_lengths)
+    assert [each.is_broken for each in (*compiled_of(target), *compiled_of(drafter))] == [False, False]
 
 
 def test_a_cache_gets_its_layers_back_when_something_fails():
