@@ -96,7 +96,7 @@ def assert_lossless(
     inputs: Inputs,
     settings: Settings = dict,
     foresight: Settings | None = None,
-    drafts: Sequence[str] = ("tree", "chain", "fuzz"),
+    drafts: Sequence[str] = ("tree", "chain", "fuzz", "retrieval"),
     **config: Any,
 ) -> Any:
     """Plain and speculative decoding agree under `settings`; returns plain's output.

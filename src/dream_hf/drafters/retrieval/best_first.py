@@ -10,6 +10,9 @@ from typing import Generic, TypeVar
 from ...decoding.settings import DraftSettings
 
 State = TypeVar("State")  # what a source of tokens knows of a node
+# From the state of a node's parent, the node's token (None for the root) and the smallest probability that is of use to the
+# node's own state and what may follow it, best first.
+Following = Callable[[State, int | None, float], tuple[State, Sequence[tuple[int, float]]]]
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Nodes:
 class _Growth(Generic[State]):
     """A tree in the making, and the candidates at its edge: (-probability, number, token, parent, depth, state above)."""
 
-    following: Callable[[State, int | None], tuple[State, Sequence[tuple[int, float]]]]
+    following: Following[State]
     settings: DraftSettings
     nodes: Nodes = field(default_factory=Nodes)
     edge: list[tuple[float, int, int, int, int, State]] = field(default_factory=list)
@@ -51,7 +54,8 @@ class _Growth(Generic[State]):
 
     def expand(self, state: State, token: int | None, parent: int, depth: int, probability: float) -> None:
         """Put what may follow `parent`, which has `token` and lies at `depth`, at the edge."""
-        state, likeliest = self.following(state, token)
+        min_share = self.settings.tree_min_node_probability / probability
+        state, likeliest = self.following(state, token, min_share)
         for follower, share in likeliest[: self.settings.tree_top_k]:
             reached = probability * share
             if reached < self.settings.tree_min_node_probability:
@@ -61,7 +65,7 @@ class _Growth(Generic[State]):
 
 
 def best_nodes(
-    following: Callable[[State, int | None], tuple[State, Sequence[tuple[int, float]]]],
+    following: Following[State],
     state: State,
     settings: DraftSettings,
     max_depth: int,
@@ -70,8 +74,7 @@ def best_nodes(
     """The `tree_size` most probable nodes within `max_depth`, each with `tree_top_k` children at most.
 
     Args:
-        following (`Callable`): From the state of a node's parent and the node's token, None for the root, to its own state and
-            what may follow it with probabilities, best first.
+        following (`Following`): What may follow a node.
         state: What the root starts from.
         settings (`DraftSettings`): Size and thresholds.
         max_depth (`int`): Levels at most.

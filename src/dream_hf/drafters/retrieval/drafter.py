@@ -18,7 +18,7 @@ from .mixture import Mixture
 from .store import RetrievalStore
 from .text import UNKNOWN, GrowingText, Limits
 
-DEFAULTS = DraftSettings(tree_depth=10, tree_top_k=16, tree_size=48, tree_min_node_probability=0.015)
+DEFAULTS = DraftSettings(tree_depth=10, tree_top_k=16, tree_size=48, tree_min_node_probability=0.012)
 
 
 class RetrievalDrafter(Drafter):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from .ngrams import Match, NgramIndex
 
 NEGLIGIBLE = 0.02  # share that shorter contexts are not asked for
+FLOOR = 0.1
+PART = 0.5  # of the smallest share that counts: what is less than that can hardly add up to it
 
 Ranked = list[tuple[int, int]]  # tokens and their counts, most frequent first
 
@@ -46,7 +48,11 @@ class Mixture:
         return len(self.escapes) - 1
 
     def probabilities(
-        self, sources: Sequence[Source], matches: Sequence[Match], likeliest: Sequence[int] = ()
+        self,
+        sources: Sequence[Source],
+        matches: Sequence[Match],
+        likeliest: Sequence[int] = (),
+        min_share: float = 0.0,
     ) -> dict[int, float]:
         """The probability of each token that anything suggests.
 
@@ -54,9 +60,10 @@ class Mixture:
             sources (`Sequence[Source]`): Where to look.
             matches (`Sequence[Match]`): What was matched in each source.
             likeliest (`Sequence[int]`): The target's likeliest tokens after the same last token, best first.
+            min_share (`float`): Probability below which a token is of no use; what cannot reach it is not looked at closely.
         """
         probabilities: dict[int, float] = {}
-        rest = 1.0
+        rest, negligible, floor = 1.0, max(NEGLIGIBLE, PART * min_share), FLOOR * min_share
         for length in range(max(map(len, matches)) - 1, -1, -1):
             if length == 0 and likeliest:  # they are the better guess
                 rest = self._add_likeliest(probabilities, likeliest, rest)
@@ -68,9 +75,11 @@ class Mixture:
             for weight, ranked in found:
                 each = share * weight
                 for token, count in ranked:
+                    if each * count < floor:
+                        break
                     probabilities[token] = probabilities.get(token, 0.0) + each * count
             rest = share * escape
-            if rest < NEGLIGIBLE:
+            if rest < negligible:
                 break
         return probabilities
 

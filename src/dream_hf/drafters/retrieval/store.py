@@ -12,9 +12,12 @@ from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock
+from transformers.utils import logging
 
 from .likeliest import LikeliestTokens
 from .ngrams import LONGEST, NgramIndex
+
+logger = logging.get_logger(__name__)
 
 SEPARATOR = -1
 ANSWERS_PER_SAVE = 16
@@ -28,9 +31,9 @@ class RetrievalStore:
     see each other's answers.
 
     Args:
-        path (`str` or `Path`, *optional*): A file to keep the answers in, read when the store is made if it is there, and readable
-            by its owner alone. It is written after every 16 answers, by `save()` and at the end of a `with` block, as a whole
-            and never in part; several processes may use one file, and find each other's answers whenever they save.
+        path (`str` or `Path`, *optional*): A file to keep the answers in, read when the store is made, readable by its owner
+            alone. It is written after every 16 answers, by `save()` and at the end of a `with` block, as a whole and never in
+            part; several processes may use one file, and find each other's answers whenever they save.
         max_tokens (`int`): Tokens that are kept, in memory and in the file; the oldest answers go first. About 0.3 kB each.
 
     Raises:
@@ -68,8 +71,8 @@ class RetrievalStore:
             self._take_in({name: [int(token) for token in token_ids]})
             if self.path is not None and name in self._answers:
                 self._unsaved.add(name)
-                if len(self._unsaved) >= ANSWERS_PER_SAVE:
-                    self.save()
+                if len(self._unsaved) % ANSWERS_PER_SAVE == 0:
+                    self._try_to_save()
 
     def save(self) -> None:
         """Write what was added to the file, if there is one, and take in what others have written since."""
@@ -82,6 +85,13 @@ class RetrievalStore:
             _write(self.path, _last({**written, **added}, self.max_tokens))
             self._take_in({name: answer for name, answer in written.items() if name not in self._answers})
             self._unsaved.clear()
+
+    def _try_to_save(self) -> None:
+        """Save, unless the disk does not let us: nobody should lose an answer for that."""
+        try:
+            self.save()
+        except (OSError, ValueError) as error:
+            logger.warning(f"{len(self._unsaved)} answers were not saved and are tried again later: {error}")
 
     def __enter__(self) -> RetrievalStore:
         return self

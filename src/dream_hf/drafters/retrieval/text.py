@@ -55,7 +55,7 @@ class GrowingText:
         self.sources = [Source(self.index, self.limits.own_weight)]
         if self.store is not None:
             self.sources.append(Source(self.store.index))
-        self.last: list[int] = []  # tokens, as many as are matched
+        self.last = [UNKNOWN]  # tokens, as many as are matched
         self.answer: list[int] = []
 
     def read_prompt(self, tokens: Sequence[int]) -> None:
@@ -80,7 +80,9 @@ class GrowingText:
                 matches.append(self.store.index.matched(self.last))
             return best_nodes(self._following, matches, settings, max_depth, self.limits.end_ids)
 
-    def _following(self, matches: list[Match], token: int | None) -> tuple[list[Match], list[tuple[int, float]]]:
+    def _following(
+        self, matches: list[Match], token: int | None, min_share: float
+    ) -> tuple[list[Match], list[tuple[int, float]]]:
         """What is matched one token further on, and what may follow there."""
         if token is None:
             token = self.last[-1]
@@ -88,7 +90,7 @@ class GrowingText:
             matches = [
                 source.index.followed(match, token) for source, match in zip(self.sources, matches, strict=True)
             ]
-        probabilities = self.mixture.probabilities(self.sources, matches, self.likeliest.get(token, ()))
+        probabilities = self.mixture.probabilities(self.sources, matches, self.likeliest.get(token, ()), min_share)
         num_tokens, never = self.limits.num_tokens, self.limits.never
         usable = [pair for pair in probabilities.items() if pair[0] < num_tokens and pair[0] not in never]
         usable.sort(key=_probability, reverse=True)
