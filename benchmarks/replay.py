@@ -1,6 +1,6 @@
 """What retrieval would have gained on answers that some model has written: no model is needed.
 
-    python benchmarks/replay.py ANSWERS.jsonl --tokenizer TOKENIZER [--json]
+    python benchmarks/replay.py ANSWERS.jsonl --tokenizer TOKENIZER --json
 
 ANSWERS has one conversation a line, {"turns": [{"question": ..., "answer": ...}, ...]}. Each answer is written again token by
 token as the file has it; drafts are made from the text so far alone (`own`), or with all earlier answers of the file in a store
@@ -80,7 +80,7 @@ def _write(text: GrowingText, answer: list[int], settings: DraftSettings, counts
     place = 1
     while place < len(answer):
         start = time.thread_time()
-        nodes = text.draft(settings, min(settings.tree_depth, len(answer) - place))
+        nodes = text.draft(settings, settings.tree_depth)
         counts.seconds += time.thread_time() - start
         gain = min(_num_accepted(nodes, answer[place:]) + 1, len(answer) - place)
         text.read(answer[place : place + gain])
@@ -134,7 +134,9 @@ def read_conversations(path: Path, encode: Encode, end: int, boundary: int) -> l
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("answers", type=Path, metavar="ANSWERS.jsonl", help="conversations, one a line")
     parser.add_argument("--tokenizer", required=True, help="a tokenizer's JSON file, a folder, or a name on the Hub")
     parser.add_argument("--part", choices=("all", "even", "odd"), default="all", help="which lines, counted from 0")

@@ -66,5 +66,6 @@ def test_a_replay_counts_the_steps_of_decoding():
     counts = replay.replay([[replay.Turn(prompt, answer)]], limits, DEFAULTS)
     assert TEXT_IDS[1] <= limits.num_tokens
     assert counts.num_tokens == 47 and counts.num_steps == out.accepted_lengths.shape[1]
-    assert counts.num_nodes == int(out.drafted_lengths.sum())
+    # Decoding knows how much may follow at most, and the last trees are not deeper than that.
+    assert 0 <= counts.num_nodes - int(out.drafted_lengths.sum()) < DEFAULTS.tree_size
     assert torch.equal(out.sequences, target.generate(**inputs, max_new_tokens=48, do_sample=False))

@@ -99,7 +99,7 @@ def test_probabilities_are_a_mixture():
 
 
 def test_the_best_nodes_come_first_and_parents_before_children():
-    nodes = grow_text(random_text(3)[:-1] + [1]).draft(EVERYTHING, 10)
+    nodes = grow_text([*random_text(3)[:-1], 1]).draft(EVERYTHING, 10)
     assert 0 < len(nodes.tokens) <= 48 and max(nodes.depths) <= 10
     assert nodes.probabilities == sorted(nodes.probabilities, reverse=True)
     for number, (parent, depth) in enumerate(zip(nodes.parents, nodes.depths, strict=True), 1):

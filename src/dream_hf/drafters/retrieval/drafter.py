@@ -132,7 +132,8 @@ class RetrievalSession(DraftSession):
             longest_text=self.drafter.max_text,
         )
         text = GrowingText(self.drafter.mixture, limits, self.drafter.store, self.likeliest)
-        text.read_prompt([*self.drafter.draft_ids, UNKNOWN])
+        if self.drafter.draft_ids:
+            text.read_prompt([*self.drafter.draft_ids, UNKNOWN])
         return text
 
 

@@ -57,7 +57,7 @@ class NgramIndex:
             return
         going_on = [self.root]
         if place >= self.stale_at:  # what follows nothing at all hardly changes
-            self.root.ranked, self.stale_at = None, place + place // 8 + 1
+            self.root.ranked, self.stale_at = None, place + place // 16 + 1
         for context in self.active:
             if context is not self.root:
                 context.ranked = None
