@@ -112,15 +112,21 @@ def load_tokenizer(name: str) -> tuple[Encode, int]:
 
         encoding: Any = bpe_openai.get_encoding(name.partition(":")[2])
         return encoding.encode, 300_000  # more than any of them has
-    if Path(name).is_file():
+    files = [file for file in (Path(name), Path(name, "tokenizer.json")) if file.is_file()]
+    if files:
         from tokenizers import Tokenizer
 
-        tokenizer: Any = Tokenizer.from_file(name)
-        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size()
+        tokenizer: Any = Tokenizer.from_file(str(files[0]))
+        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, _num_ids(tokenizer)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], len(tokenizer)
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], _num_ids(tokenizer)
+
+
+def _num_ids(tokenizer: Any) -> int:
+    """One more than the highest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def read_conversations(path: Path, encode: Encode, end: int, boundary: int) -> list[list[Turn]]:

@@ -170,7 +170,7 @@ def test_likeliest_tokens_of_the_first_node_count():
     likeliest = LikeliestTokens()
     likeliest.note(Verified(tree.tokens, [1], tree=tree, likeliest=rows))
     likeliest.note(Verified(tree.tokens, [1]))
-    assert dict(likeliest) == {5: [0, 1], 6: [2, 3]}
+    assert [likeliest.after(token) for token in (5, 6, 7)] == [[0, 1], [2, 3], ()]
     text = GrowingText(Mixture(), Limits(100), likeliest=likeliest)
     text.read_prompt([6])
     nodes = text.draft(EVERYTHING, 3)
@@ -348,6 +348,23 @@ def test_many_threads_save_one_file(tmp_path):
         list(pool.map(write, range(4)))
     answers = [json.loads(line)[1] for line in path.read_text(encoding="utf-8").splitlines()]
     assert sorted(answers) == [[number, answer] for number in range(4) for answer in range(5)]
+
+
+def test_two_threads_draft_from_one_store():
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target, 2)
+    expected, store = generate(target, inputs), RetrievalStore(max_tokens=300)
+    barrier = threading.Barrier(2, timeout=60)
+
+    def run(_):
+        barrier.wait()
+        return [generate(target, inputs, assistant_model=RetrievalDrafter(store)) for _ in range(4)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for outs in pool.map(run, range(2)):
+            for out in outs:
+                assert_same_tokens(expected, out)
+    assert len(store) == 4 and store.num_tokens <= 300
 
 
 def test_a_damaged_store_is_refused_and_costs_no_answer(tmp_path, monkeypatch):

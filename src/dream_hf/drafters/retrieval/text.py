@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from ...decoding.settings import DraftSettings
 from .best_first import Nodes, best_nodes
+from .likeliest import LikeliestTokens
 from .mixture import Mixture, Source
 from .ngrams import Match, NgramIndex
 from .store import RetrievalStore
@@ -42,13 +43,13 @@ class GrowingText:
         mixture (`Mixture`): What contexts are worth.
         limits (`Limits`): What may be drafted.
         store (`RetrievalStore`, *optional*): Earlier answers.
-        likeliest (`Mapping[int, Sequence[int]]`): The target's likeliest tokens after each token.
+        likeliest (`LikeliestTokens`): The target's likeliest tokens after each token.
     """
 
     mixture: Mixture
     limits: Limits
     store: RetrievalStore | None = None
-    likeliest: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    likeliest: LikeliestTokens = field(default_factory=LikeliestTokens)
 
     def __post_init__(self) -> None:
         self.index = NgramIndex(self.mixture.longest)
@@ -90,7 +91,7 @@ class GrowingText:
             matches = [
                 source.index.followed(match, token) for source, match in zip(self.sources, matches, strict=True)
             ]
-        probabilities = self.mixture.probabilities(self.sources, matches, self.likeliest.get(token, ()), min_share)
+        probabilities = self.mixture.probabilities(self.sources, matches, self.likeliest.after(token), min_share)
         num_tokens, never = self.limits.num_tokens, self.limits.never
         usable = [pair for pair in probabilities.items() if pair[0] < num_tokens and pair[0] not in never]
         usable.sort(key=_probability, reverse=True)
