@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .drafters.dream.configuration import DreamConfig as DreamConfig
     from .drafters.dream.drafter import DreamDrafter as DreamDrafter
     from .drafters.retrieval.lookup import PromptLookupDrafter as PromptLookupDrafter
+    from .drafters.retrieval.drafter import RetrievalDrafter as RetrievalDrafter
+    from .drafters.retrieval.store import RetrievalStore as RetrievalStore
     from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
     from .training.trainer import DreamTrainer as DreamTrainer
@@ -37,6 +39,8 @@ _MODULES = {
     "DreamTrainer": "training.trainer",
     "DreamTrainingArguments": "training.arguments",
     "PromptLookupDrafter": "drafters.retrieval.lookup",
+    "RetrievalDrafter": "drafters.retrieval.drafter",
+    "RetrievalStore": "drafters.retrieval.store",
     "choose_draft_vocabulary": "drafters.vocabulary",
     "count_answer_tokens": "data",
     "dream_chain_generate": "decoding.assisted",

@@ -14,7 +14,7 @@ from lossless import assert_same_tokens, generate, untrained
 from test_sampling import LIMIT, p_values
 
 import dream_hf
-from dream_hf import DreamDrafter
+from dream_hf import DreamDrafter, RetrievalDrafter
 from dream_hf.decoding.drafter import DrafterWithSettings
 from dream_hf.decoding.settings import DraftSettings
 from dream_hf.decoding.tree import DraftTree
@@ -72,7 +72,7 @@ def test_random_trees_with_ends_in_the_middle(name, seed):
 def test_chats_go_on_with_any_drafter(batch):
     target = family("llama").make_target()
     first = {"input_ids": family("llama").make_inputs(target, 1)["input_ids"].expand(batch, -1)}
-    for drafter in (FuzzDrafter(range(3, 90), seed=5), PromptLookupDrafter(), untrained(target)):
+    for drafter in (FuzzDrafter(range(3, 90), seed=5), PromptLookupDrafter(), RetrievalDrafter(), untrained(target)):
         plain, ours = (
             generate(target, first, max_new_tokens=20, **more) for more in ({}, {"assistant_model": drafter})
         )

@@ -54,7 +54,7 @@ def softcap(target) -> float | None:
 def test_every_family(family, attention, batch):
     target = family.make_target(attn_implementation=attention)
     inputs = family.make_inputs(target, batch, text_len=TEXT_LEN)
-    expected = assert_lossless(target, inputs, drafts=["untrained", "fuzz", "lookup"])
+    expected = assert_lossless(target, inputs, drafts=["untrained", "fuzz", "lookup", "retrieval"])
     assert expected.sequences.shape[1] == inputs["input_ids"].shape[1] + NUM_NEW
     for config in ({}, CHAIN):
         drafter, plan = oracle(target, inputs, expected.sequences, **config)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dream_hf import DreamDrafter
 from dream_hf.decoding.settings import DraftSettings
+from dream_hf.drafters.retrieval.drafter import RetrievalDrafter
 from dream_hf.drafters.retrieval.lookup import PromptLookupDrafter
 
 NUM_NEW = 64
@@ -95,7 +96,7 @@ def assert_lossless(
     inputs: Inputs,
     settings: Settings = dict,
     foresight: Settings | None = None,
-    drafts: Sequence[str] = ("tree", "chain", "fuzz"),
+    drafts: Sequence[str] = ("tree", "chain", "fuzz", "retrieval"),
     **config: Any,
 ) -> Any:
     """Plain and speculative decoding agree under `settings`; returns plain's output.
@@ -117,11 +118,14 @@ def assert_lossless(
 
 
 def make_drafter(name: str, target: Target, inputs: Inputs, known: Tensor, config: dict[str, Any]) -> Any:
-    """What drafts: an untrained drafter, an oracle that knows (B, P + N) tokens, prompt lookup, or random trees."""
-    if name in ("fuzz", "lookup"):
+    """What drafts: an untrained drafter, an oracle that knows (B, P + N) tokens, lookup, retrieval, or random trees."""
+    if name in ("fuzz", "lookup", "retrieval"):
         sizes = {key: value for key, value in config.items() if key in DraftSettings.names()}
         if name == "lookup":
             return PromptLookupDrafter(settings=DraftSettings(tree_depth=4).changed(**sizes))
+        if name == "retrieval":  # what was written is known, so that paths get accepted
+            settings = DraftSettings(tree_size=16, tree_min_node_probability=0.01).changed(**sizes)
+            return RetrievalDrafter(draft_text=known[:, -NUM_NEW:], settings=settings)
         settings = DraftSettings(tree_depth=7, tree_size=13).changed(**sizes)
         return FuzzDrafter(range(*TEXT_IDS), known, favourites=range(3, 12), settings=settings)
     shape = {"untrained": SMALL_TREE, "tree": {}, "chain": CHAIN}[name] | config

@@ -108,6 +108,9 @@ class DraftSession:
         """What a next turn of this text can go on from, or None if that has to start anew."""
         return None
 
+    def close(self) -> None:
+        """The `generate()` is over, whether or not all rows were finished; a next turn may go on all the same."""
+
 
 class Drafter:
     """What `generate(..., assistant_model=drafter)` takes."""

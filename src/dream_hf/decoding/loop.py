@@ -75,12 +75,13 @@ def dream_generate(
     check_cache(model_kwargs.get(CACHE))
     check_length(model, input_ids.shape[1], generation_config.max_length)
     target, needs = Target(model), drafter.needs
-    with ExitStack() as recording, torch.no_grad():
+    with ExitStack() as ending, ExitStack() as recording, torch.no_grad():
         record = recording.enter_context(target.recording(needs.layers, needs.embeds))
         compilation = compile_settings(target, drafter.settings, generation_config, synced_gpus)
         forward = make_target_forward(target, drafter, compilation, input_ids.shape[0], record)
         judges, arguments = (logits_processor, stopping_criteria), forward.arguments(model_kwargs)
         decoding = _Decoding(target, drafter, forward, input_ids, *judges, generation_config, arguments)
+        ending.callback(decoding.close)  # whatever it ends by
         stream = Stream(streamer, decoding.sequences)
         with phase(PREFILL):
             decoding.prefill()
@@ -110,8 +111,6 @@ def _take_steps(decoding: _Decoding, stream: Stream, synced_gpus: bool) -> None:
 class _Decoding:
     """One `generate()` call: the texts so far, the target's cache, the drafter's session."""
 
-    session: DraftSession
-
     def __init__(
         self,
         target: Target,
@@ -137,6 +136,7 @@ class _Decoding:
         self.cache: Cache = model_kwargs[CACHE]
         self.schedule = DraftSchedule(drafter.settings.pause_below)
         self.unusable_ids = target.unusable_ids()
+        self.session = DraftSession()  # of nobody, until the drafter has one
 
     # --- the phases ---
 
@@ -197,8 +197,7 @@ class _Decoding:
         if max(accepted.counts) > 1:  # the root is where it belongs
             self.forward.keep(accepted.path)
         slots.commit(accepted.counts)
-        if not self.is_done or self.is_cache_kept:
-            self.session.read(self._verified(tree, accepted, features, logits))
+        self.session.read(self._verified(tree, accepted, features, logits))
 
     def idle(self) -> None:
         """Run a forward whose result nobody needs, for processes that wait for this one."""
@@ -225,6 +224,10 @@ class _Decoding:
             remember(self.cache, self.drafter, self.session, self._last_tokens())
         ids = sequences.at(max(sequences.lengths)).clone()  # without the room for more
         return self.recorder.result(ids, ids.shape[1] - sequences.prompt_length, self.cache)
+
+    def close(self) -> None:
+        """Tell the drafter that it is over."""
+        self.session.close()
 
     @property
     def is_done(self) -> bool:
