@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from .decoding.outputs import DreamGenerateOutput as DreamGenerateOutput
     from .drafters.dream.configuration import DreamConfig as DreamConfig
     from .drafters.dream.drafter import DreamDrafter as DreamDrafter
+    from .drafters.eagle.configuration import EagleConfig as EagleConfig
+    from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
+    from .drafters.inspection import draft_log_probs as draft_log_probs
     from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
+    from .load_models import load_drafter as load_drafter
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
     from .training.trainer import DreamTrainer as DreamTrainer
 
@@ -27,10 +31,14 @@ _MODULES = {
     "DreamGenerateOutput": "decoding.outputs",
     "DreamTrainer": "training.trainer",
     "DreamTrainingArguments": "training.arguments",
+    "EagleConfig": "drafters.eagle.configuration",
+    "EagleDrafter": "drafters.eagle.drafter",
     "choose_draft_vocabulary": "drafters.vocabulary",
     "count_answer_tokens": "data",
     "dream_chain_generate": "decoding.assisted",
+    "draft_log_probs": "drafters.inspection",
     "dream_generate": "decoding.loop",
+    "load_drafter": "load_models",
 }
 
 __all__ = [*_MODULES, "__version__", "register", "unregister"]  # noqa: PLE0604

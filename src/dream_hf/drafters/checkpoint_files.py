@@ -172,10 +172,10 @@ def _find_weights(source: str, variant: str | None, **hub: Any) -> list[Path]:
     index_file = fetch_file(source, index, is_optional=True, **hub)
     if index_file is None:
         raise _no_weights(source, weights, **hub)
-    return [_fetch_shard(source, name, **hub) for name in _shard_names(source, index_file)]
+    return [fetch_shard(source, name, **hub) for name in shard_names(source, index_file)]
 
 
-def _shard_names(source: str, index_file: Path) -> list[str]:
+def shard_names(source: str, index_file: Path) -> list[str]:
     """File names in an index, refused where they could lead out of the checkpoint's own folder."""
     try:
         names = sorted(set(read_object(source, index_file)["weight_map"].values()))
@@ -190,7 +190,8 @@ def _shard_names(source: str, index_file: Path) -> list[str]:
     return names
 
 
-def _fetch_shard(source: str, name: str, **hub: Any) -> Path:
+def fetch_shard(source: str, name: str, **hub: Any) -> Path:
+    """One shard that an index names."""
     shard = fetch_file(source, name, **hub)
     if shard is None:
         raise OSError(f"{source!r} lacks the shard {name!r} that its index names. Upload or copy it again.")

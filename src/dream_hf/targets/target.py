@@ -249,7 +249,9 @@ class Target:
                 record.embeds.append(self.embed(input_ids) if entering is None else entering)
             if positions and kwargs.get("position_ids") is not None:
                 found = kwargs["position_ids"]
-                record.positions.append(found[-3:] if found.ndim == 3 else found)  # a fourth plane, in front, is of masks
+                record.positions.append(
+                    found[-3:] if found.ndim == 3 else found
+                )  # a fourth plane, in front, is of masks
             # Layers that share keys and values (Gemma4) skip tokens whose logits nobody wants; their features are wanted.
             return args, {name: 0 if name == "logits_to_keep" else value for name, value in kwargs.items()}
 

@@ -124,7 +124,11 @@ class EagleConfig(PreTrainedConfig):
         """Weights of the projections and MLPs, norms, embedding and head left out."""
         projected = self.head_dim * (self.num_attention_heads + self.num_key_value_heads)  # type: ignore[operator]
         per_layer = 2 * self.hidden_size * projected + 3 * self.hidden_size * self.intermediate_size
-        return per_layer * self.num_hidden_layers + 2 * self.hidden_size * projected + self.hidden_size * self.feature_size
+        return (
+            per_layer * self.num_hidden_layers
+            + 2 * self.hidden_size * projected
+            + self.hidden_size * self.feature_size
+        )
 
     def check(self) -> None:
         """Raise a `ValueError` for a shape no drafter can have, or defaults that draft nothing."""
@@ -162,7 +166,9 @@ class EagleConfig(PreTrainedConfig):
         if self.norm_before_fc and self.has_fc_norm:
             raise ValueError("`norm_before_fc` and `has_fc_norm` exclude each other; set one of them.")
         if self.is_feedback_normed and not self.has_final_norm:
-            raise ValueError("`is_feedback_normed` needs the norm that `has_final_norm` (False) says there is none of.")
+            raise ValueError(
+                "`is_feedback_normed` needs the norm that `has_final_norm` (False) says there is none of."
+            )
         if self.target_hidden_size != self.hidden_size and not (self.has_embedding and self.has_head):
             raise ValueError(
                 f"A drafter of width {self.hidden_size} cannot borrow the embedding or head of a target of width "
@@ -176,7 +182,9 @@ class EagleConfig(PreTrainedConfig):
     def _check_rope(self) -> None:
         kind = (self.rope_parameters or {}).get("rope_type", "default")
         if kind in LENGTH_DEPENDENT_ROPES:
-            raise ValueError(f"`rope_parameters` ({self.rope_parameters}): {kind!r} angles depend on the text's length.")
+            raise ValueError(
+                f"`rope_parameters` ({self.rope_parameters}): {kind!r} angles depend on the text's length."
+            )
         if self.mrope_section is None:
             return
         self.mrope_section = list(self.mrope_section)
@@ -190,7 +198,9 @@ class EagleConfig(PreTrainedConfig):
         """Raise a `ValueError` for settings that want more children than there are tokens to draft."""
         size = self.draft_vocab_size or self.vocab_size
         if settings.tree_top_k > size:
-            raise ValueError(f"`tree_top_k` ({settings.tree_top_k}) must not exceed the {size} tokens that are drafted.")
+            raise ValueError(
+                f"`tree_top_k` ({settings.tree_top_k}) must not exceed the {size} tokens that are drafted."
+            )
 
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
         """`feature_layers` as [`Needs`] counts them: i - 1 for what layer i - 1 puts out, -1 behind the final norm."""

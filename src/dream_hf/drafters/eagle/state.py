@@ -58,7 +58,9 @@ class EagleState:
         last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
         root_states = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         root_positions = _highest(positions, counts)
-        if self.root_states is not None and not all(counts):  # a row of the batch that gained nothing stays where it is
+        if self.root_states is not None and not all(
+            counts
+        ):  # a row of the batch that gained nothing stays where it is
             is_new = torch.tensor([count > 0 for count in counts], device=device)[:, None]
             root_states = torch.where(is_new[..., None], root_states, self.root_states)
             root_positions = torch.where(is_new, root_positions, self.root_positions)  # type: ignore[arg-type]
@@ -128,7 +130,9 @@ class EagleLevels:
         assert state.root_states is not None  # something has been read
         num_columns = state.slots.end + num_levels * top_k
         with phase(DRAFTER):
-            return first_level(self.head, state.root_states, state.slots.tensor(state.drafter.device), num_columns, top_k)
+            return first_level(
+                self.head, state.root_states, state.slots.tensor(state.drafter.device), num_columns, top_k
+            )
 
     def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
         """Run the best nodes of a level at `places`, tentatively, and find `top_k` children of each."""
