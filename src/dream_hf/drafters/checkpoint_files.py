@@ -116,27 +116,39 @@ def load_config(config_class: Any, source: str | os.PathLike, **arguments: Any) 
         raise ValueError(f"config.json of {os.fspath(source)!r} does not describe a drafter. {error}") from error
 
 
-def check_shapes(source: str | os.PathLike, found: Mapping[str, Iterable[int]], expected: Mapping[str, Any]) -> None:
+def check_shapes(
+    source: str | os.PathLike,
+    found: Mapping[str, Iterable[int]],
+    expected: Mapping[str, Any],
+    remedy: str | None = None,
+) -> None:
     """Raise a `ValueError` naming every tensor that is missing, unexpected or of another shape than `expected`."""
     wrong = [
         f"{name} is {tuple(found[name])} in the file and {tuple(expected[name])} by the config"
         for name in sorted(found.keys() & expected.keys())
         if tuple(found[name]) != tuple(expected[name])
     ]
-    refuse_keys(source, expected.keys() - found.keys(), found.keys() - expected.keys(), wrong)
+    refuse_keys(source, expected.keys() - found.keys(), found.keys() - expected.keys(), wrong, remedy)
 
 
 def refuse_keys(
-    source: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]
+    source: str | os.PathLike,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[str],
+    remedy: str | None = None,
 ) -> None:
-    """Raise a `ValueError` naming the keys, unless there are none."""
+    """Raise a `ValueError` naming the keys and what to do, by default for a saved drafter, unless there are none."""
     kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
     problems = [f"{kind}: {_listed(sorted(names))}" for kind, names in kinds.items() if names]
+    remedy = remedy or (
+        "Save the drafter again with `save_pretrained`; a checkpoint in the published DREAM layout has to go "
+        f"through `dream-hf convert {os.fspath(source)} DESTINATION`."
+    )
     if problems:
         raise ValueError(
             f"The weights of {os.fspath(source)!r} are not those its config.json describes ({'; '.join(problems)}). "
-            "Save the drafter again with `save_pretrained`; a checkpoint in the published DREAM layout has to go "
-            f"through `dream-hf convert {os.fspath(source)} DESTINATION`."
+            + remedy
         )
 
 

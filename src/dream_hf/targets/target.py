@@ -262,7 +262,8 @@ class Target:
         def after(module, args, output):
             if _record.get() is record:
                 last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-                parts = [last if layer == -1 else inner.pop(layer) for layer in layers]
+                parts = [last if layer == -1 else inner[layer] for layer in layers]
+                inner.clear()
                 record.features.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
         handles = []

@@ -13,7 +13,9 @@ from ..checkpoint_files import check_shapes
 from ..fit import describe_target
 from .configuration import EagleConfig
 from .drafter import EagleDrafter
-from .published import Wiring, is_first_generation, read_config, read_fields, read_wiring, renamed
+from .published import Wiring, is_first_generation, read_config, read_fields, read_wiring, refuse_unread, renamed
+
+REMEDY = "Get the checkpoint again; if it is whole, it is of a kind that is not read."
 
 
 def load_eagle(
@@ -33,20 +35,20 @@ def load_eagle(
     """
     fields, description = read_fields(config), describe_target(target.config)
     try:
+        refuse_unread(fields)
         found = read_wiring(fields, set(tensors), description["num_hidden_layers"]).changed(wiring or {})
         ours = renamed(tensors)
         if is_first_generation(set(ours)):
-            ours.pop(
-                "embed_tokens.weight", None
-            )  # a copy of the target's, which takes its place in the published loaders
+            ours.pop("embed_tokens.weight", None)  # a copy of the target's, which published loaders put in its place
+        if not found.has_final_norm:
+            ours.pop("norm.weight", None)  # SpecForge writes it and does not use it
         _check_target(fields, ours, found, description)
         drafter_config = read_config(fields, ours, found, {**description, "name": None, "revision": None})
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{source!r} is no EAGLE drafter for this target: {error}.".replace("..", ".")) from error
     drafter_config._name_or_path = source
-    check_shapes(
-        source, {name: tensor.shape for name, tensor in ours.items()}, EagleDrafter.expected_shapes(drafter_config)
-    )
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    check_shapes(source, shapes, EagleDrafter.expected_shapes(drafter_config), REMEDY)
     return _assembled(drafter_config, ours, target)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
@@ -125,6 +126,9 @@ class EaglePreTrainedModel(StrictPreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    save_pretrained = PreTrainedModel.save_pretrained  # the cards and the code beside other drafters are DREAM's
+    push_to_hub = PreTrainedModel.push_to_hub
 
 
 class EagleModel(EaglePreTrainedModel):

@@ -65,6 +65,19 @@ def read_fields(config: Fields) -> dict[str, Any]:
     return {**(config.get("transformer_layer_config") or {}), **config}
 
 
+def refuse_unread(config: Fields) -> None:
+    """Refuse what a config asks for and this package does not do.
+
+    Raises:
+        ValueError: Windows of attention, or a feature of one layer only.
+    """
+    windows = [kind for kind in config.get("layer_types") or () if "sliding" in str(kind)]
+    if windows or config.get("sliding_window_indices"):
+        raise ValueError("its layers look back a sliding window only (`layer_types`), which is not read yet")
+    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+        raise ValueError("it reads the last feature alone (`use_aux_hidden_state` is false), which is not read yet")
+
+
 def renamed(tensors: Tensors) -> dict[str, torch.Tensor]:
     """The same tensors by our names: `model.` goes, `midlayer` is the first of `layers`, `d2t` becomes token ids."""
     ours = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 
 from ...decoding.drafter import DraftSession, Prefill, Verified
@@ -89,28 +92,25 @@ class EagleSession(DraftSession):
 
 def head_for(drafter: EagleModel, prefill: Prefill) -> TargetHead:
     """Embedding and head, the drafter's own or the target's; they are asked for tokens and states from anywhere."""
-    target, own_embedding, own_head = prefill.target, drafter.embed_tokens, drafter.lm_head
-    place = drafter.device
-
-    def embed(token_ids: torch.Tensor) -> torch.Tensor:
-        if own_embedding is not None:
-            return own_embedding(_inside(token_ids.to(place), own_embedding.num_embeddings))
-        weight = target.embedding.weight
-        return target.embed(_inside(token_ids.to(weight.device), weight.shape[0]))  # type: ignore[index,arg-type,union-attr]
-
-    if own_head is None:
-        draft_logits, head = target.draft_logits(drafter), target.lm_head.weight
-
-        def logits(states: torch.Tensor) -> torch.Tensor:
-            return draft_logits(drafter.for_head(states).to(head.device, head.dtype))  # type: ignore[call-overload]
+    embed = partial(_embed, drafter.embed_tokens or prefill.target.embedding)
+    if drafter.lm_head is not None:
+        logits = partial(_own_logits, drafter)
     else:
-
-        def logits(states: torch.Tensor) -> torch.Tensor:
-            return own_head(drafter.for_head(states)).float()
-
+        weight: Any = prefill.target.lm_head.weight
+        logits = partial(_target_logits, drafter, prefill.target.draft_logits(drafter), weight)
     return TargetHead(embed=embed, logits=logits, token_ids=drafter.draft_token_ids, ends=prefill.end_ids)
 
 
-def _inside(token_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Tokens of a table; what stands for a picture may lie outside of it, where the target merges it."""
-    return token_ids.masked_fill(token_ids >= num_tokens, 0)
+def _embed(table: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings of tokens; what stands for a picture may lie outside of a table, where the target merges it."""
+    weight = table.weight
+    token_ids = token_ids.to(weight.device)
+    return table(token_ids.masked_fill(token_ids >= weight.shape[0], 0))
+
+
+def _own_logits(drafter: EagleModel, states: torch.Tensor) -> torch.Tensor:
+    return drafter.lm_head(drafter.for_head(states)).float()  # type: ignore[misc]
+
+
+def _target_logits(drafter: EagleModel, logits: Any, head: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return logits(drafter.for_head(states).to(head.device, head.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -87,8 +88,9 @@ class EagleState:
     def leave_inference_mode(self) -> None:
         """Let buffers made in `torch.inference_mode()` be written outside it."""
         if not torch.is_inference_mode_enabled():
-            for layer in self.cache.layers:
-                layer.leave_inference_mode()  # type: ignore[attr-defined]
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                layer.leave_inference_mode()
 
     def _read_behind(self, embeds: torch.Tensor, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Read on, in chunks whose masks do not grow with the text: (B, T, H)."""
