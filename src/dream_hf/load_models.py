@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Models:
 
     target: Any
     processor: Any
-    drafter: DreamDrafter | None
+    drafter: Any
 
 
 def load_models(
@@ -50,7 +51,7 @@ def load_models(
     Args:
         target (`str`): Folder or Hub id; `"demo"` for the bundled target. Of PEFT adapters (what trl saves) the model that
             they were trained on is loaded, and they are merged into it.
-        drafter (`str`, *optional*): Folder or Hub id; `"demo"` for the bundled drafter.
+        drafter (`str`, *optional*): Folder or Hub id of what [`load_drafter`] loads; `"demo"` for the bundled drafter.
         dtype (`str` or `torch.dtype`): Of both; `"auto"` takes the target's own.
         device (`str`, *optional*): Of both; by default the accelerator where there is one. `"auto"` spreads the target over
             all accelerators; the drafter then goes to the first.
@@ -65,13 +66,13 @@ def load_models(
         ImportError: The target's processor needs a package that is not installed.
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
-    target_source, drafter_source = _source(target, "target"), _source(drafter, "drafter")
+    target_source = _source(target, "target")
+    _source(drafter, "drafter")  # before the target is loaded for nothing
     model, processor = _load_target(target_source, pick_dtype(dtype), revision, attn_implementation, device_map)
     model = model.eval()
     if drafter is None:
         return Models(model, processor, None)
-    loaded: Any = DreamDrafter.from_pretrained(drafter_source, dtype=model.dtype, revision=drafter_revision)
-    return Models(model, processor, loaded.to(model.device).eval())
+    return Models(model, processor, load_drafter(drafter, model, revision=drafter_revision))
 
 
 def load_drafter(
@@ -111,7 +112,7 @@ def load_drafter(
             EagleDrafter if config["model_type"] == EagleDrafter.config_class.model_type else DreamDrafter
         )
         return model_class.from_pretrained(name, dtype=target.dtype, revision=revision).to(target.device).eval()
-    tensors = read_tensors(name, revision=revision)
+    tensors = read_tensors(name, partial(_check_kind, name, config), revision=revision)
     if kind_of(name, config, tensors.keys()) == EAGLE:
         return load_eagle(name, config, tensors, target, wiring)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,6 +120,11 @@ def load_drafter(
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
     drafter.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size  # it borrows embedding and head
     return drafter.to(target.device).eval()
+
+
+def _check_kind(source: str, config: Mapping[str, Any], names: Set[str]) -> None:
+    """Refuse a checkpoint of a kind that is not read before its weights are."""
+    kind_of(source, config, names)
 
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

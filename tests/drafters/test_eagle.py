@@ -226,7 +226,7 @@ def test_what_is_refused(what, publish, tmp_path):
 def test_damaged_files_and_pickles_are_refused(publish, tmp_path):
     target, folder = publish(NAMED["eagle3"])
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(OSError, match="has none of model.safetensors, pytorch_model.bin"):
+    with pytest.raises(OSError, match=r"has none of model\.safetensors, pytorch_model\.bin"):
         dream_hf.load_drafter(tmp_path, target)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="can't be read as plain tensors"):
@@ -247,7 +247,7 @@ def test_another_target_is_refused_in_generate(publish):
     target = target_of("qwen3_vl")
     with pytest.raises(ValueError, match="trained for another target"):
         generate(target, family("qwen3_vl").make_inputs(target), assistant_model=drafter)
-    with pytest.raises(ValueError, match="`tree_top_k` .60. must not exceed the 48 tokens"):
+    with pytest.raises(ValueError, match=r"`tree_top_k` \(60\) must not exceed the 48 tokens"):
         wide = drafter.with_settings(tree_top_k=60)
         generate(target_of("llama"), family("llama").make_inputs(target_of("llama")), assistant_model=wide)
 

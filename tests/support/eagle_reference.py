@@ -134,9 +134,8 @@ class Layout:
             tensors["t2d"] = torch.isin(torch.arange(VOCAB), ids)
         named = {}
         for name, tensor in tensors.items():
-            name = name.replace("layers.0.", f"{self.first}.")
-            bare = name in ("d2t", "t2d", "lm_head.weight")
-            named[name if bare else self.prefix + name] = tensor
+            prefix = "" if name in ("d2t", "t2d", "lm_head.weight") else self.prefix
+            named[prefix + name.replace("layers.0.", f"{self.first}.")] = tensor
         if self.as_pickle:
             torch.save(named, folder / "pytorch_model.bin")
         else:

@@ -154,11 +154,7 @@ def refuse_keys(
 
 def _check_kind(source: str, model_type: str, config_file: Path | None, adapter_file: Path | None) -> None:
     """Refuse what is no drafter, with the way to use it where there is one."""
-    if adapter_file is not None:
-        raise ValueError(
-            f"{source!r} holds an adapter. Load the drafter it was trained on, then "
-            f"`peft.PeftModel.from_pretrained(drafter, {source!r})`."
-        )
+    refuse_adapter(source, adapter_file)
     if config_file is None:
         raise OSError(f"{source!r} has no config.json: this is no saved drafter. Check the path.")
     fields = read_object(source, config_file)
@@ -172,6 +168,15 @@ def _check_kind(source: str, model_type: str, config_file: Path | None, adapter_
         raise ValueError(
             f"config.json of {source!r} sets {', '.join(foreign)}, which no saved drafter has. Do not use this "
             "checkpoint unless you know why; remove them from the file, or pass them to `from_pretrained`."
+        )
+
+
+def refuse_adapter(source: str, adapter_file: Path | None) -> None:
+    """Raise a `ValueError` where there is an adapter of PEFT."""
+    if adapter_file is not None:
+        raise ValueError(
+            f"{source!r} holds an adapter. Load the drafter it was trained on, then "
+            f"`peft.PeftModel.from_pretrained(drafter, {source!r})`."
         )
 
 

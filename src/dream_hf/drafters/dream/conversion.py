@@ -109,7 +109,7 @@ def convert_checkpoint(
     source, destination = os.fspath(source), os.fspath(destination)
     if os.path.realpath(source) == os.path.realpath(destination):
         raise ValueError(f"`destination` ({destination!r}) is `source`; name another folder.")
-    hub = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token}
     config = _read_config(source, target, **hub)
     tensors = read_tensors(source, **hub)
     expected = DreamDrafter.expected_shapes(config)

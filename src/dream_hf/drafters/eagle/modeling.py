@@ -127,8 +127,9 @@ class EaglePreTrainedModel(StrictPreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    save_pretrained = PreTrainedModel.save_pretrained  # the cards and the code beside other drafters are DREAM's
-    push_to_hub = PreTrainedModel.push_to_hub
+    # Transformers' own: the cards and the code that are saved beside other drafters are DREAM's.
+    save_pretrained = PreTrainedModel.save_pretrained  # type: ignore[assignment]
+    push_to_hub = PreTrainedModel.push_to_hub  # type: ignore[assignment]
 
 
 class EagleModel(EaglePreTrainedModel):
