@@ -108,6 +108,7 @@ def load_drafter(
     name = fspath(_source(source, "drafter"))
     config = read_published_config(name, revision=revision)
     if config.get("model_type") in OUR_MODEL_TYPES:
+        _refuse_wiring(name, wiring)
         model_class: Any = (
             EagleDrafter if config["model_type"] == EagleDrafter.config_class.model_type else DreamDrafter
         )
@@ -115,6 +116,7 @@ def load_drafter(
     tensors = read_tensors(name, partial(_check_kind, name, config), revision=revision)
     if kind_of(name, config, tensors.keys()) == EAGLE:
         return load_eagle(name, config, tensors, target, wiring)
+    _refuse_wiring(name, wiring)
     with tempfile.TemporaryDirectory() as folder:
         convert_checkpoint(name, folder, revision=revision)
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
@@ -125,6 +127,11 @@ def load_drafter(
 def _check_kind(source: str, config: Mapping[str, Any], names: Set[str]) -> None:
     """Refuse a checkpoint of a kind that is not read before its weights are."""
     kind_of(source, config, names)
+
+
+def _refuse_wiring(source: str, wiring: Mapping[str, Any] | None) -> None:
+    if wiring:
+        raise ValueError(f"`wiring` ({wiring!r}) is for published EAGLE drafters; the config of {source!r} says all.")
 
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -18,6 +18,7 @@ import dream_hf
 from dream_hf import EagleDrafter
 from dream_hf.compat import cache_of
 from dream_hf.decoding.drafter import DrafterAround
+from dream_hf.drafters.eagle.published import read_wiring
 from dream_hf.drafters.retrieval.lookup import PromptLookupDrafter
 from dream_hf.targets.target import Target
 
@@ -183,6 +184,8 @@ def test_wiring_overrides_what_a_config_says(publish):
     said = dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH)
     expected = expected_log_probs(other, target, inputs, 5)
     torch.testing.assert_close(said[said.isfinite()].double(), expected[expected.isfinite()], rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`wiring` \('probe'\) must be a mapping"):
+        dream_hf.load_drafter(folder, target, wiring="probe")
     with pytest.raises(ValueError, match="names layers; what can be said is feature_layers"):
         dream_hf.load_drafter(folder, target, wiring={"layers": (1, 2, 3)})
 
@@ -203,6 +206,11 @@ BROKEN = {
     "a window": (lambda t, c: c.update(layer_types=["sliding_attention"]) or t, "sliding"),
     "a single feature": (lambda t, c: c.update(eagle_config={"use_aux_hidden_state": False}) or t, "use_aux_hidden_state"),
     "an absurd width": (lambda t, c: c.update(intermediate_size=10**12) or t, "parameters"),
+    "no heads": (lambda t, c: c.pop("num_attention_heads") and t, "has no `num_attention_heads`"),
+    "layers without end": (lambda t, c: t | {f"layers.{10**8}.mlp.w": t["norm.weight"] + 0}, "more than the 64"),
+    "a config in a config that is none": (lambda t, c: c.update(transformer_layer_config=3) or t, "no EAGLE drafter"),
+    "a list for an object": (lambda t, c: c.update(eagle_config=[1, 2]) or t, "no EAGLE drafter"),
+    "words for layers": (lambda t, c: c.update(aux_hidden_states_layer_ids="abc") or t, "no EAGLE drafter"),
     "no drafter": (lambda t, c: {"weight": t["fc.weight"]}, "no drafter that can be told"),
     "ViSpec": (lambda t, c: t | {"imadpt.q": t["norm.weight"] + 0}, "a ViSpec drafter"),
     "DFlash": (lambda t, c: t | {"hidden_norm.weight": t["norm.weight"] + 0}, "a DFlash drafter"),
@@ -260,6 +268,8 @@ def test_saved_and_loaded_it_says_the_same(publish, tmp_path):
     inputs = family("llama").make_inputs(target)
     asked = [dream_hf.draft_log_probs(target, each, inputs, 5, PATH) for each in (drafter, again)]
     assert isinstance(again, EagleDrafter) and torch.equal(*asked)
+    with pytest.raises(ValueError, match="is for published EAGLE drafters"):
+        dream_hf.load_drafter(tmp_path, target, wiring={"rope_theta": 3.0})
 
 
 def test_dream_drafters_are_loaded_and_asked_too(tmp_path):
@@ -286,3 +296,38 @@ def test_only_what_drafts_by_levels_can_be_asked():
         dream_hf.draft_log_probs(target, PromptLookupDrafter(), inputs, 5)
     with pytest.raises(ValueError, match="one of them is 104"):
         dream_hf.draft_log_probs(target, PromptLookupDrafter(), {k: v[:1] for k, v in inputs.items()}, 5, [104])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_every_attention_of_the_drafter(implementation, publish):
+    target, folder = publish(NAMED["speculators-3.1"])
+    drafter = dream_hf.load_drafter(folder, target)
+    drafter.set_attn_implementation(implementation)
+    inputs = family("llama").make_inputs(target)
+    said = dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH)
+    expected = expected_log_probs(NAMED["speculators-3.1"], target, inputs, 5)
+    torch.testing.assert_close(said[said.isfinite()].double(), expected[expected.isfinite()], rtol=1e-5, atol=1e-4)
+    assert_same_tokens(generate(target, inputs), generate(target, inputs, assistant_model=drafter))
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "num_layers", "expected"),
+    [
+        ({}, (), 36, (2, 18, 33)),
+        ({"eagle_aux_hidden_state_layer_ids": None, "speculators_model_type": "eagle3"}, (), 36, (2, 18, 33)),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 17, 32], "speculators_model_type": "eagle3"}, (), 36, (1, 17, 32)),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 18, 33]}, (), 36, (2, 18, 33)),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 17, 32]}, (), 36, (2, 18, 33)),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 17, 32]}}, (), 36, (2, 18, 33)),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 18, 33]}}, (), 36, (2, 18, 33)),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [3, 9, 20]}}, (), 36, (4, 10, 21)),
+        ({"eagle_aux_hidden_state_layer_ids": [3, 9], "eagle_aux_layer_semantics": "sglang"}, (), 36, (4, 10)),
+        ({"aux_hidden_states_layer_ids": [0, 3, 6]}, (), 8, (1, 4, 7)),
+    ],
+)
+def test_layers_are_told_by_whoever_wrote_the_config(config, names, num_layers, expected):
+    names = {"midlayer.hidden_norm.weight", "norm.weight", *names}
+    assert read_wiring(config, names, num_layers).feature_layers == expected
+    assert read_wiring({**config, "norm_output": True}, names, num_layers).is_feedback_normed == (
+        "speculators_model_type" in config
+    )

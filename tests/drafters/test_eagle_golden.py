@@ -38,23 +38,24 @@ def load(case: Case):
     return target, dream_hf.load_drafter(case.checkpoint, target)
 
 
-def features_of(case: Case, drafter, start, stop):
-    return torch.cat([case.io[f"hs.{index}"][start:stop] for index in drafter.config.feature_layers], dim=-1)[None]
+def features_of(case: Case, drafter, start, stop, kind=""):
+    layers = [case.io[f"{kind}hs.{index}"][start:stop] for index in drafter.config.feature_layers]
+    return torch.cat(layers, dim=-1)[None]
 
 
-def start_session(case: Case, settings=None, padding=0):
-    """A session that has read the case's prompt, behind some padding."""
+def start_session(case: Case, settings=None, padding=0, length=None, kind=""):
+    """A session that has read the case's prompt, or `length` tokens of it, behind some padding."""
     target, drafter = load(case)
-    io, length = case.io, case.expected["prompt_length"]
-    pad = torch.nn.functional.pad
-    positions = io["position_ids_3d"][:, None, :length] if "position_ids_3d" in io else None
+    io, length = case.io, length or case.expected["prompt_length"]
+    ids, pad = io[f"{kind}input_ids"], torch.nn.functional.pad
+    positions = io["position_ids_3d"][:, None, :length] if "position_ids_3d" in io and not kind else None
     prefill = Prefill(
         target=Target(target),
-        token_ids=pad(io["input_ids"][None, :length], (padding, 0)),
+        token_ids=pad(ids[None, :length], (padding, 0)),
         real=torch.arange(padding + length)[None] >= padding,
         is_visual=torch.zeros(1, padding + length, dtype=torch.bool),
-        first_tokens=io["input_ids"][None, length : length + 1],
-        features=pad(features_of(case, drafter, 0, length), (0, 0, padding, 0), value=7.0),
+        first_tokens=ids[None, length : length + 1],
+        features=pad(features_of(case, drafter, 0, length, kind), (0, 0, padding, 0), value=7.0),
         positions=None if positions is None else pad(positions, (padding, 0)),
     )
     return drafter.start(prefill, settings or drafter.settings)
@@ -167,3 +168,22 @@ def test_through_generate(case):
     ids = io.get("draft_to_target", torch.arange(logits.shape[1]))
     torch.testing.assert_close(said[:, ids], logits.log_softmax(-1)[: len(said)], rtol=0, atol=4e-4)
     assert int(said.isfinite().sum()) == logits.numel()
+
+
+@pytest.mark.parametrize("kind", ["", "text."])
+@every_case
+def test_every_row_as_a_root(case, kind):
+    """The peer's training loop: step s below row p reads token p + 1 + s, on its own features from step 1 on."""
+    if f"{kind}ttt.logits" not in case.io:
+        pytest.skip("the peer has none of it")
+    ids, logits = case.io[f"{kind}input_ids"], case.io[f"{kind}ttt.logits"]
+    for row in (0, 3, logits.shape[1] - 1):
+        session = start_session(case, length=row + 1, kind=kind)
+        levels = session.levels()
+        states, said = levels.state.root_states, []
+        for step in range(logits.shape[0]):
+            if step:
+                sees = torch.ones(1, 1, row + 1 + step, dtype=torch.bool)
+                states = levels.state.beams(session.head.embed(ids[None, [row + 1 + step]]), states, sees, step)
+            said.append(session.head.logits(states)[0, 0])
+        torch.testing.assert_close(torch.stack(said), logits[:, row], **TOLERANCE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -205,8 +203,3 @@ class EagleConfig(PreTrainedConfig):
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
         """`feature_layers` as [`Needs`] counts them: i - 1 for what layer i - 1 puts out, -1 behind the final norm."""
         return tuple(-1 if index == num_target_layers else index - 1 for index in self.feature_layers)
-
-
-def is_eagle_config(config: Any) -> bool:
-    """Whether a config is of this drafter, ours and not a published one."""
-    return getattr(config, "model_type", None) == EagleConfig.model_type

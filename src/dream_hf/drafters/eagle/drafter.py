@@ -45,6 +45,11 @@ class EagleDrafter(EagleModel, Drafter):
                 f"The drafter reads the layers {config.feature_layers} (`feature_layers`) of a target that has "
                 f"{actual['num_hidden_layers']}. Load the drafter that was trained for this target."
             )
+        if "num_hidden_layers" not in (config.target or {}):
+            raise ValueError(
+                "The drafter's config has no `target`, so nobody knows which of its `feature_layers` is the last. Set "
+                "`config.target = {'num_hidden_layers': ...}`, or load it with `load_drafter`."
+            )
         check_identity(self, actual)
         config.check_width(settings)
         _check_token_ids(self)

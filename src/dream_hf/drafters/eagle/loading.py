@@ -33,8 +33,9 @@ def load_eagle(
     Raises:
         ValueError: Tensors that are missing, unknown or of another shape, or another target than they were made for.
     """
-    fields, description = read_fields(config), describe_target(target.config)
+    description = describe_target(target.config)
     try:
+        fields = read_fields(config)
         refuse_unread(fields)
         found = read_wiring(fields, set(tensors), description["num_hidden_layers"]).changed(wiring or {})
         ours = renamed(tensors)
@@ -44,7 +45,7 @@ def load_eagle(
             ours.pop("norm.weight", None)  # SpecForge writes it and does not use it
         _check_target(fields, ours, found, description)
         drafter_config = read_config(fields, ours, found, {**description, "name": None, "revision": None})
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{source!r} is no EAGLE drafter for this target: {error}.".replace("..", ".")) from error
     drafter_config._name_or_path = source
     shapes = {name: tensor.shape for name, tensor in ours.items()}

@@ -19,7 +19,7 @@ Tensors = Mapping[str, torch.Tensor]
 Fields = Mapping[str, Any]
 
 DEFAULT_THETA = 10000.0
-# Fields that list layers of the target, and how far what they say is from a place in `hidden_states`.
+# Fields of published configs that ours has under the same name.
 SHARED_FIELDS = (
     "intermediate_size", "num_attention_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
     "bos_token_id", "eos_token_id", "pad_token_id",
@@ -82,6 +82,8 @@ def renamed(tensors: Tensors) -> dict[str, torch.Tensor]:
     """The same tensors by our names: `model.` goes, `midlayer` is the first of `layers`, `d2t` becomes token ids."""
     ours = {}
     for key, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__}, no tensor")
         name = re.sub(r"^midlayer\.", "layers.0.", re.sub(r"^model\.", "", key))
         if name in ours:
             raise ValueError(f"the tensors {key} and another one are both {name}")
@@ -176,7 +178,9 @@ def read_config(config: Fields, tensors: Tensors, wiring: Wiring, target: Fields
     """
     keys, is_first = set(tensors), is_first_generation(set(tensors))
     query, key = (_rows(tensors, f"layers.0.self_attn.{part}_proj.weight") for part in "qk")
-    num_heads, hidden = int(config["num_attention_heads"]), _rows(tensors, "fc.weight")
+    num_heads, hidden = config.get("num_attention_heads"), _rows(tensors, "fc.weight")
+    if not isinstance(num_heads, int):
+        raise ValueError(f"its config.json has no `num_attention_heads` ({num_heads!r})")
     head_dim = _share(query, num_heads, "q_proj", "`num_attention_heads`")
     given = {name: config[name] for name in SHARED_FIELDS if config.get(name) is not None}
     ids = tensors.get("draft_token_ids")
