@@ -12,19 +12,28 @@ if TYPE_CHECKING:
     from .data import count_answer_tokens as count_answer_tokens
     from .decoding.assisted import DreamCandidateGenerator as DreamCandidateGenerator
     from .decoding.assisted import dream_chain_generate as dream_chain_generate
+    from .decoding.drafter import Drafter as Drafter
+    from .decoding.drafter import DraftSession as DraftSession
     from .decoding.loop import dream_generate as dream_generate
     from .decoding.outputs import DreamGenerateOutput as DreamGenerateOutput
+    from .decoding.settings import DraftSettings as DraftSettings
+    from .decoding.tree import DraftTree as DraftTree
     from .drafters.dream.configuration import DreamConfig as DreamConfig
     from .drafters.dream.drafter import DreamDrafter as DreamDrafter
     from .drafters.eagle.configuration import EagleConfig as EagleConfig
     from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
     from .drafters.inspection import draft_log_probs as draft_log_probs
+    from .drafters.retrieval.lookup import PromptLookupDrafter as PromptLookupDrafter
     from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from .load_models import load_drafter as load_drafter
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
     from .training.trainer import DreamTrainer as DreamTrainer
 
 _MODULES = {
+    "DraftSession": "decoding.drafter",
+    "DraftSettings": "decoding.settings",
+    "DraftTree": "decoding.tree",
+    "Drafter": "decoding.drafter",
     "DreamCandidateGenerator": "decoding.assisted",
     "DreamConfig": "drafters.dream.configuration",
     "DreamDrafter": "drafters.dream.drafter",
@@ -33,11 +42,12 @@ _MODULES = {
     "DreamTrainingArguments": "training.arguments",
     "EagleConfig": "drafters.eagle.configuration",
     "EagleDrafter": "drafters.eagle.drafter",
+    "PromptLookupDrafter": "drafters.retrieval.lookup",
     "choose_draft_vocabulary": "drafters.vocabulary",
     "count_answer_tokens": "data",
     "dream_chain_generate": "decoding.assisted",
-    "draft_log_probs": "drafters.inspection",
     "dream_generate": "decoding.loop",
+    "draft_log_probs": "drafters.inspection",
     "load_drafter": "load_models",
 }
 
