@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import dream_hf
 from dream_hf import EagleDrafter
-from dream_hf.compat import cache_of
+from dream_hf.cli import options
+from dream_hf.compat import CACHE, cache_of
 from dream_hf.decoding.drafter import DrafterAround
+from dream_hf.drafters import published_files
 from dream_hf.drafters.eagle.published import read_wiring
 from dream_hf.drafters.retrieval.lookup import PromptLookupDrafter
 from dream_hf.targets.target import Target
@@ -130,17 +133,34 @@ def test_rows_of_a_batch_are_drafted_as_if_alone(name, publish):
             assert ours.tokens[0].tolist() == theirs.tokens[row].tolist()  # the same trees at the same lengths
 
 
+@pytest.mark.parametrize("prompt", ["embeddings", "in chunks", "one token", "padding behind"])
 @pytest.mark.parametrize("layout", SOME, ids=repr)
-def test_a_chat_goes_on(layout, publish):
+def test_prompts_of_any_kind(layout, prompt, publish):
+    target, drafter = target_of("llama"), drafter_for(layout, "llama", publish)
+    inputs, more = family("llama").make_inputs(target, 3), {"max_new_tokens": 16}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if prompt == "embeddings":
+        inputs = {"inputs_embeds": target.get_input_embeddings()(ids), "attention_mask": mask}
+    elif prompt == "in chunks":
+        more["prefill_chunk_size"] = 4
+    elif prompt == "one token":
+        inputs = {"input_ids": ids[:, -1:]}
+    else:
+        inputs = {"input_ids": ids, "attention_mask": mask.flip(1)}
+    assert_same_tokens(generate(target, inputs, **more), generate(target, inputs, assistant_model=drafter, **more))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", SOME, ids=repr)
+def test_a_chat_goes_on(layout, batch, publish):
     target, watch = target_of("llama"), Watch(drafter_for(layout, "llama", publish))
-    inputs = family("llama").make_inputs(target)
+    inputs = {"input_ids": family("llama").make_inputs(target)["input_ids"].expand(batch, -1)}
     first = generate(target, inputs, max_new_tokens=20, assistant_model=watch)
     ids = torch.cat([first.sequences, inputs["input_ids"][:, 2:7]], dim=1)
     watch.trees.clear()
     text, mask = {"input_ids": ids}, {"attention_mask": torch.ones_like(ids)}
     expected = generate(target, text | mask, max_new_tokens=20)
-    cache = {"cache" if hasattr(first, "cache") and first.cache is not None else "past_key_values": cache_of(first)}
-    out = generate(target, text, max_new_tokens=20, assistant_model=watch, **cache)
+    out = generate(target, text, max_new_tokens=20, assistant_model=watch, **{CACHE: cache_of(first)})
     assert_same_tokens(expected, out)
     anew = Watch(drafter_for(layout, "llama", publish))
     generate(target, text | mask, max_new_tokens=20, assistant_model=anew)
@@ -331,3 +351,26 @@ def test_layers_are_told_by_whoever_wrote_the_config(config, names, num_layers, 
     assert read_wiring({**config, "norm_output": True}, names, num_layers).is_feedback_normed == (
         "speculators_model_type" in config
     )
+
+
+def test_a_drafter_by_a_hub_id(publish, tmp_path, monkeypatch):
+    target, folder = publish(NAMED["eagle3"])
+    fetched = []
+
+    def fetch(source, name, is_optional=False, **hub):
+        fetched.append((str(source), name, hub["revision"]))
+        return folder / name if (folder / name).is_file() else None
+
+    monkeypatch.setattr(published_files, "fetch_file", fetch)
+    drafter = dream_hf.load_drafter("someone/something", target, revision="v2")
+    assert drafter.config.generation == 3 and {(source, rev) for source, _, rev in fetched} == {
+        ("someone/something", "v2")
+    }
+
+
+def test_measuring_commands_take_dream_s_drafters_only(publish, monkeypatch):
+    target, folder = publish(NAMED["eagle3"])
+    models = SimpleNamespace(drafter=dream_hf.load_drafter(folder, target))
+    monkeypatch.setattr(options, "load", lambda args: models)
+    with pytest.raises(ValueError, match=r"`--drafter`.*measures DREAM drafters only"):
+        options.load_dream(SimpleNamespace(drafter="x/y"))

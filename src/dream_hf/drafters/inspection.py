@@ -37,10 +37,11 @@ def draft_log_probs(
     input_ids, vocab_size = inputs["input_ids"], Target(target).text_config.vocab_size
     if input_ids.shape[0] != 1:
         raise ValueError(f"`inputs` has {input_ids.shape[0]} rows; pass one.")
+    first_token, path = int(first_token), [int(token) for token in path]
     for token in (first_token, *path):
         if not 0 <= token < vocab_size:
             raise ValueError(f"`first_token` and `path` must lie in [0, {vocab_size}); one of them is {token}.")
-    asking = _Asking(drafter, first_token, list(path), vocab_size)
+    asking = _Asking(drafter, first_token, path, vocab_size)
     # The drafter is asked when the target has read the prompt, which must not end with the very first token.
     target.generate(**inputs, assistant_model=asking, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
     assert asking.answer is not None

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...decoding.drafter import DraftSession, Prefill, Verified
 from ...decoding.settings import DraftSettings
@@ -63,24 +64,26 @@ class EagleSession(DraftSession):
     def _read_prompt(self, prefill: Prefill) -> None:
         """Read the prompt, each feature with the token behind it; the first new token is behind the last feature.
 
-        A drafter that goes on has read the first of these tokens with the feature before it, so nothing is left out.
+        A drafter that goes on has read the first of these tokens with the feature before it, so nothing is left out. Of a
+        prompt that came as embeddings no tokens are known, so only the last feature is read.
         """
-        features = prefill.features
-        assert features is not None  # the drafter needs them
-        device, num_new = features.device, features.shape[1]
+        assert prefill.features is not None  # the drafter needs them
+        num_new = min(prefill.features.shape[1], prefill.token_ids.shape[1] + 1)
+        features, device = prefill.features[:, -num_new:], prefill.features.device
         real = prefill.real.to(device)
         order, counts = left_aligned(real[:, -num_new:])
-        tokens = torch.cat([prefill.token_ids.to(device), prefill.first_tokens.to(device)], dim=1)
-        # Padding stands before the text or behind it: the token behind each feature is the next real one.
-        behind = torch.cat([order[:, 1:], torch.full_like(order[:, :1], num_new)], dim=1)
-        behind = behind.scatter(1, counts.clamp(min=1)[:, None] - 1, num_new)
+        tokens = torch.cat([prefill.token_ids, prefill.first_tokens.to(prefill.token_ids)], dim=1).to(device)
+        # The last of these is behind the last slot; behind a slot that padding follows is the next real one.
+        behind = order[:, 1:] - 1
+        behind = nn.functional.pad(behind, (0, 1)).scatter(1, counts.clamp(min=1)[:, None] - 1, num_new - 1)
         positions = prefill.positions
         if positions is None or self.drafter.config.mrope_section is None:
-            positions = real.cumsum(-1)[:, -num_new:] - 1
-        positions = positions.to(device).expand(*positions.shape[:-2], *order.shape)
+            positions = real.cumsum(-1) - 1
+        positions = positions[..., -num_new:].to(device)
+        positions = positions.expand(*positions.shape[:-2], *order.shape)
         positions = positions.gather(-1, order.expand_as(positions))
         features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-        embeds = self.head.embed(tokens.gather(1, behind))
+        embeds = self.head.embed(tokens[:, -num_new:].gather(1, behind.clamp(min=0)))
         self.state.read(embeds, features, positions, counts.tolist())
 
     def _catch_up(self) -> None:
@@ -92,12 +95,12 @@ class EagleSession(DraftSession):
 
 def head_for(drafter: EagleModel, prefill: Prefill) -> TargetHead:
     """Embedding and head, the drafter's own or the target's; they are asked for tokens and states from anywhere."""
+    assert prefill.features is not None  # the drafter needs them
     embed = partial(_embed, drafter.embed_tokens or prefill.target.embedding)
     if drafter.lm_head is not None:
         logits = partial(_own_logits, drafter)
     else:
-        weight: Any = prefill.target.lm_head.weight
-        logits = partial(_target_logits, drafter, prefill.target.draft_logits(drafter), weight)
+        logits = partial(_target_logits, drafter, prefill.target.draft_logits(drafter), prefill.features)
     return TargetHead(embed=embed, logits=logits, token_ids=drafter.draft_token_ids, ends=prefill.end_ids)
 
 
@@ -112,5 +115,5 @@ def _own_logits(drafter: EagleModel, states: torch.Tensor) -> torch.Tensor:
     return drafter.lm_head(drafter.for_head(states)).float()  # type: ignore[misc]
 
 
-def _target_logits(drafter: EagleModel, logits: Any, head: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    return logits(drafter.for_head(states).to(head.device, head.dtype))
+def _target_logits(drafter: EagleModel, logits: Any, like: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return logits(drafter.for_head(states).to(like.device, like.dtype))
