@@ -15,6 +15,7 @@ from torch import nn
 
 from dream_hf import dream_chain_generate, dream_generate
 from dream_hf.data.prompts import PromptEncoder
+from dream_hf.drafters import fit
 from dream_hf.drafters.dream import checks
 from dream_hf.load_models import _load_processor
 
@@ -78,7 +79,8 @@ def test_other_missing_packages_are_reported_as_they_are():
 def warnings(monkeypatch):
     """What `warning_once` was asked to say, each message once."""
     said = set()
-    monkeypatch.setattr(checks.logger, "warning_once", said.add)
+    for module in (checks, fit):
+        monkeypatch.setattr(module.logger, "warning_once", said.add)
     return said
 
 
@@ -123,7 +125,7 @@ class Model(nn.Module):
     ],
 )
 def test_where_a_drafter_may_lie(target, drafter, is_told, warnings):
-    checks._check_place(target, drafter)
+    fit.check_place(target, drafter)
     assert len(warnings) == is_told
 
 

@@ -68,6 +68,17 @@ def test_training_guide(tmp_path, monkeypatch):
     DreamDrafter.from_pretrained("merged")
 
 
+def test_drafters_guide(pair, monkeypatch):
+    target, drafter, processor = pair
+    monkeypatch.setattr(dream_hf, "load_drafter", lambda source, target, wiring=None: drafter, raising=False)
+    row = make_rows("text", 1, 1_700_000)[0]
+    prompt = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
+    inputs = processor(text=prompt, images=row["images"], return_tensors="pt")
+    ran = run("docs/drafters.md", {"target": target, "inputs": inputs})
+    assert torch.equal(ran["output"], target.generate(**inputs, max_new_tokens=256))
+    assert ran["log_probs"].shape == (3, target.config.get_text_config().vocab_size)
+
+
 def test_benchmarking_guide(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load_prompts = dream_hf.benchmark.load_prompts

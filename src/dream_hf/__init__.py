@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from .decoding.tree import DraftTree as DraftTree
     from .drafters.dream.configuration import DreamConfig as DreamConfig
     from .drafters.dream.drafter import DreamDrafter as DreamDrafter
-    from .drafters.retrieval.lookup import PromptLookupDrafter as PromptLookupDrafter
+    from .drafters.eagle.configuration import EagleConfig as EagleConfig
+    from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
+    from .drafters.inspection import draft_log_probs as draft_log_probs
     from .drafters.retrieval.drafter import RetrievalDrafter as RetrievalDrafter
+    from .drafters.retrieval.lookup import PromptLookupDrafter as PromptLookupDrafter
     from .drafters.retrieval.store import RetrievalStore as RetrievalStore
     from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
+    from .load_models import load_drafter as load_drafter
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
     from .training.trainer import DreamTrainer as DreamTrainer
 
@@ -38,6 +42,8 @@ _MODULES = {
     "DreamGenerateOutput": "decoding.outputs",
     "DreamTrainer": "training.trainer",
     "DreamTrainingArguments": "training.arguments",
+    "EagleConfig": "drafters.eagle.configuration",
+    "EagleDrafter": "drafters.eagle.drafter",
     "PromptLookupDrafter": "drafters.retrieval.lookup",
     "RetrievalDrafter": "drafters.retrieval.drafter",
     "RetrievalStore": "drafters.retrieval.store",
@@ -45,6 +51,8 @@ _MODULES = {
     "count_answer_tokens": "data",
     "dream_chain_generate": "decoding.assisted",
     "dream_generate": "decoding.loop",
+    "draft_log_probs": "drafters.inspection",
+    "load_drafter": "load_models",
 }
 
 __all__ = [*_MODULES, "__version__", "register", "unregister"]  # noqa: PLE0604

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import partial
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
+from .decoding.drafter import Drafter
+from .drafters.detection import EAGLE, OUR_MODEL_TYPES, kind_of
+from .drafters.dream.conversion import convert_checkpoint
 from .drafters.dream.drafter import DreamDrafter
+from .drafters.eagle.drafter import EagleDrafter
+from .drafters.eagle.loading import load_eagle
+from .drafters.published_files import read_published_config, read_tensors
 
 DEMO = "demo"
 BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
@@ -23,7 +33,7 @@ class Models:
 
     target: Any
     processor: Any
-    drafter: DreamDrafter | None
+    drafter: Any
 
 
 def load_models(
@@ -41,7 +51,7 @@ def load_models(
     Args:
         target (`str`): Folder or Hub id; `"demo"` for the bundled target. Of PEFT adapters (what trl saves) the model that
             they were trained on is loaded, and they are merged into it.
-        drafter (`str`, *optional*): Folder or Hub id; `"demo"` for the bundled drafter.
+        drafter (`str`, *optional*): Folder or Hub id of what [`load_drafter`] loads; `"demo"` for the bundled drafter.
         dtype (`str` or `torch.dtype`): Of both; `"auto"` takes the target's own.
         device (`str`, *optional*): Of both; by default the accelerator where there is one. `"auto"` spreads the target over
             all accelerators; the drafter then goes to the first.
@@ -56,13 +66,72 @@ def load_models(
         ImportError: The target's processor needs a package that is not installed.
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
-    target_source, drafter_source = _source(target, "target"), _source(drafter, "drafter")
+    target_source = _source(target, "target")
+    _source(drafter, "drafter")  # before the target is loaded for nothing
     model, processor = _load_target(target_source, pick_dtype(dtype), revision, attn_implementation, device_map)
     model = model.eval()
     if drafter is None:
         return Models(model, processor, None)
-    loaded: Any = DreamDrafter.from_pretrained(drafter_source, dtype=model.dtype, revision=drafter_revision)
-    return Models(model, processor, loaded.to(model.device).eval())
+    return Models(model, processor, load_drafter(drafter, model, revision=drafter_revision))
+
+
+def load_drafter(
+    source: str | PathLike,
+    target: Any,
+    *,
+    revision: str | None = None,
+    wiring: Mapping[str, Any] | None = None,
+) -> Drafter:
+    """Load a drafter of any kind for a target, in its dtype and on its device.
+
+    It is told from config.json and the names of the weights what a checkpoint holds: a drafter that was saved here, DREAM's as
+    its authors publish them, EAGLE-1, EAGLE-2 and EAGLE-3 as SafeAILab, SpecForge, AngelSlim, speculators, ModelOpt and NeMo
+    write them. Pickles are read as plain tensors only.
+
+    Args:
+        source (`str` or `os.PathLike`): A folder or a Hub id; `"demo"` for the bundled drafter.
+        target (`PreTrainedModel`): The model to draft for.
+        revision (`str`, *optional*): Revision of the drafter on the Hub.
+        wiring (`Mapping`, *optional*): What the config of a published EAGLE drafter leaves open or has wrong: fields of
+            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`.
+
+    Returns:
+        `Drafter`: What `target.generate(..., assistant_model=drafter)` takes.
+
+    Raises:
+        OSError: The Hub refused, could not be reached or broke off, or there is nothing.
+        ValueError: A damaged file, a kind that is not read, tensors that are missing or unknown, another target than the
+            drafter was made for.
+    """
+    if wiring is not None and not isinstance(wiring, Mapping):
+        raise ValueError(f"`wiring` ({wiring!r}) must be a mapping of names to values, or None to go by the config.")
+    name = fspath(_source(source, "drafter"))
+    config = read_published_config(name, revision=revision)
+    if config.get("model_type") in OUR_MODEL_TYPES:
+        _refuse_wiring(name, wiring)
+        model_class: Any = (
+            EagleDrafter if config["model_type"] == EagleDrafter.config_class.model_type else DreamDrafter
+        )
+        return model_class.from_pretrained(name, dtype=target.dtype, revision=revision).to(target.device).eval()
+    tensors = read_tensors(name, partial(_check_kind, name, config), revision=revision)
+    if kind_of(name, config, tensors.keys()) == EAGLE:
+        return load_eagle(name, config, tensors, target, wiring)
+    _refuse_wiring(name, wiring)
+    with tempfile.TemporaryDirectory() as folder:
+        convert_checkpoint(name, folder, revision=revision)
+        drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
+    drafter.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size  # it borrows embedding and head
+    return drafter.to(target.device).eval()
+
+
+def _check_kind(source: str, config: Mapping[str, Any], names: Set[str]) -> None:
+    """Refuse a checkpoint of a kind that is not read before its weights are."""
+    kind_of(source, config, names)
+
+
+def _refuse_wiring(source: str, wiring: Mapping[str, Any] | None) -> None:
+    if wiring:
+        raise ValueError(f"`wiring` ({wiring!r}) is for published EAGLE drafters; the config of {source!r} says all.")
 
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import tuning
-from .options import add_models, load, whole_number
+from .options import add_models, load_dream, whole_number
 
 HELP = "Compare ways of decoding side by side on the same prompts: results.json, a table and plots."
 EXAMPLE = (
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = [
         prompt for task in args.tasks for prompt in load_prompts(task, args.num_prompts or NUM_PROMPTS, args.seed)
     ]
-    models = load(args)
+    models = load_dream(args)
     assistant = None
     if args.assistant is not None:
         assistant = load_models(args.assistant, dtype=args.dtype, device=args.device).target

@@ -46,6 +46,19 @@ def load(args: argparse.Namespace) -> Any:
     )
 
 
+def load_dream(args: argparse.Namespace) -> Any:
+    """The same, where the drafter has to be one of DREAM's."""
+    from ..drafters.dream.drafter import DreamDrafter
+
+    models = load(args)
+    if models.drafter is not None and not isinstance(models.drafter, DreamDrafter):
+        raise ValueError(
+            f"`--drafter` ({args.drafter!r}) is a `{type(models.drafter).__name__}`, and this command measures DREAM drafters "
+            "only. `dream-hf generate` and `dream-hf demo` take any."
+        )
+    return models
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

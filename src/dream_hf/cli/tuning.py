@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .options import load
+from .options import load_dream
 
 FILE = "tuned.json"
 NUM_PROMPTS, MAX_NEW_TOKENS = 3, 128  # unless given: tuning looks closely at a few answers
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     )
     settings.check()
     prompts = [prompt for task in args.tasks for prompt in load_prompts(task, num_prompts, args.seed)]
-    models = load(args)
+    models = load_dream(args)
     report = tune(
         models.target, models.processor, models.drafter, prompts, settings, date=args.date, output=args.output
     )

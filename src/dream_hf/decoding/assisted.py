@@ -64,7 +64,7 @@ class DreamCandidateGenerator(CandidateGenerator):
 
     def __enter__(self) -> DreamCandidateGenerator:
         needs = self._chains.needs
-        self._record = self._scopes.enter_context(self.target.recording(needs.layers, needs.embeds))
+        self._record = self._scopes.enter_context(self.target.recording(needs.layers, needs.embeds, needs.positions))
         if needs.attention and self.target.visual_ids:
             self._scopes.enter_context(observe_attention([self.target.last_attention], self._observe))
         return self
@@ -102,9 +102,10 @@ class DreamCandidateGenerator(CandidateGenerator):
             self._wants_attention = bool(self.target.is_visual(input_ids).any())
             return input_ids, None
         # The target's forward is the first in the record; processors may have made it do more since (guidance).
+        positions = self._record.positions[0] if self._record.positions else None
         embeds, features = self._record.take_first()
         if self.session is None:
-            self.session = self._read_prompt(input_ids, embeds, features, model_kwargs, model_outputs)
+            self.session = self._read_prompt(input_ids, embeds, features, positions, model_kwargs, model_outputs)
         else:
             num_gained = int(n_last_matches) + 1
             features = None if features is None else features[:, :num_gained]
@@ -128,13 +129,15 @@ class DreamCandidateGenerator(CandidateGenerator):
         input_ids: torch.Tensor,  # (1, P + 1)
         embeds: torch.Tensor | None,
         features: torch.Tensor | None,
+        positions: torch.Tensor | None,
         model_kwargs: dict[str, Any],
         model_outputs: Any,
     ) -> DraftSession:
         """Begin with the prompt and the first token behind it."""
-        if features is not None:
-            self.target.learn_logit_rule(features[:, -1], model_outputs.logits[:, -1].to(features.device))
-        watch = PromptWatch(self.target, self._chains, self._meter, embeds, features)
+        last_features = self._chains.needs.last_features(features)
+        if last_features is not None:
+            self.target.learn_logit_rule(last_features[:, -1], model_outputs.logits[:, -1].to(last_features.device))
+        watch = PromptWatch(self.target, self._chains, self._meter, embeds, features, positions)
         mask, ends = model_kwargs.get("attention_mask"), end_ids(self.target.model.generation_config)
         prefill = watch.prefill(input_ids[:, :-1], input_ids[:, -1:], mask, model_kwargs[CACHE], ends)
         return self._chains.start(prefill, self._chains.settings)

@@ -28,12 +28,20 @@ class Needs:
         embeds (`bool`): The embeddings of the prompt as they entered the decoder, images merged.
         attention (`bool`): What each token of a prompt with pictures receives in the last layer's attention.
         num_likeliest (`int`): How many of the target's likeliest tokens it wants after every verified node.
+        positions (`bool`): The positions of the prompt's tokens, where the target has given them any.
     """
 
     layers: tuple[int, ...] = ()
     embeds: bool = False
     attention: bool = False
     num_likeliest: int = 0
+    positions: bool = False
+
+    def last_features(self, features: torch.Tensor | None) -> torch.Tensor | None:
+        """Of features (B, T, layers * H) those after the final norm, (B, T, H), if they are among them."""
+        if features is None or -1 not in self.layers:
+            return None
+        return features.chunk(len(self.layers), dim=-1)[self.layers.index(-1)]
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Prefill:
         embeds (`torch.Tensor` of shape `(B, T, H)`, *optional*): As `Needs` says.
         features (`torch.Tensor` of shape `(B, T, layers * H)`, *optional*): As `Needs` says.
         attention (`torch.Tensor` of shape `(B, T)`, *optional*): As `Needs` says.
+        positions (`torch.LongTensor` of shape `(B, T)` or `(3, B, T)`, *optional*): As `Needs` says: of tokens, or of time,
+            height and width.
         longest_text (`int`, *optional*): Slots that a text never exceeds, drafted tokens not counted.
         compilation (`CompileSettings`, *optional*): How forwards are to be compiled, where they can be.
         earlier (`DraftSession`, *optional*): The session that an earlier turn of this very text was left in. It has read all
@@ -65,6 +75,7 @@ class Prefill:
     embeds: torch.Tensor | None = None
     features: torch.Tensor | None = None
     attention: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     longest_text: int | None = None
     compilation: CompileSettings | None = None
     earlier: DraftSession | None = None

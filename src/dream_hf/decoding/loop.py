@@ -76,7 +76,7 @@ def dream_generate(
     check_length(model, input_ids.shape[1], generation_config.max_length)
     target, needs = Target(model), drafter.needs
     with ExitStack() as ending, ExitStack() as recording, torch.no_grad():
-        record = recording.enter_context(target.recording(needs.layers, needs.embeds))
+        record = recording.enter_context(target.recording(needs.layers, needs.embeds, needs.positions))
         compilation = compile_settings(target, drafter.settings, generation_config, synced_gpus)
         forward = make_target_forward(target, drafter, compilation, input_ids.shape[0], record)
         judges, arguments = (logits_processor, stopping_criteria), forward.arguments(model_kwargs)
@@ -154,8 +154,9 @@ class _Decoding:
         self.cache = cache_of(outputs)
         check_cache(self.cache)
         logits = outputs.logits[:, -1]
-        if watch.features is not None:
-            self.target.learn_logit_rule(watch.features[:, -1], logits.to(watch.features.device))
+        last_features = self.drafter.needs.last_features(watch.features)
+        if last_features is not None:
+            self.target.learn_logit_rule(last_features[:, -1], logits.to(last_features.device))
 
         raw = logits.to(copy=True, dtype=torch.float32, device=prompt_ids.device)
         scores = self.sampler.process(prompt_ids, raw)

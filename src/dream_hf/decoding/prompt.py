@@ -56,6 +56,7 @@ class PromptWatch:
         drafter (`Drafter`): Who asks.
         meter (`AttentionMeter`): What the prompt's tokens received.
         embeds, features (`torch.Tensor` of shape `(B, T, ...)`, *optional*): What was recorded, as the drafter needs it.
+        positions (`torch.Tensor` of shape `(..., B, T)`, *optional*): The same of the tokens' positions.
     """
 
     target: Target
@@ -63,6 +64,7 @@ class PromptWatch:
     meter: AttentionMeter
     embeds: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     def prefill(
         self,
@@ -96,6 +98,7 @@ class PromptWatch:
             embeds=self.embeds,
             features=self.features,
             attention=None if received is None else received[:, -num_tokens:],
+            positions=self.positions,
             longest_text=longest_text,
             compilation=compilation,
             earlier=earlier,
@@ -112,6 +115,7 @@ def watching_prompt(
         if drafter.needs.attention and bool(target.is_visual(prompt_ids).any()):
             stack.enter_context(observe_attention([target.last_attention], watch.meter.observe))
         yield watch
+    watch.positions = record.take_positions()
     watch.embeds, watch.features = record.take()
 
 

@@ -116,37 +116,45 @@ def load_config(config_class: Any, source: str | os.PathLike, **arguments: Any) 
         raise ValueError(f"config.json of {os.fspath(source)!r} does not describe a drafter. {error}") from error
 
 
-def check_shapes(source: str | os.PathLike, found: Mapping[str, Iterable[int]], expected: Mapping[str, Any]) -> None:
+def check_shapes(
+    source: str | os.PathLike,
+    found: Mapping[str, Iterable[int]],
+    expected: Mapping[str, Any],
+    remedy: str | None = None,
+) -> None:
     """Raise a `ValueError` naming every tensor that is missing, unexpected or of another shape than `expected`."""
     wrong = [
         f"{name} is {tuple(found[name])} in the file and {tuple(expected[name])} by the config"
         for name in sorted(found.keys() & expected.keys())
         if tuple(found[name]) != tuple(expected[name])
     ]
-    refuse_keys(source, expected.keys() - found.keys(), found.keys() - expected.keys(), wrong)
+    refuse_keys(source, expected.keys() - found.keys(), found.keys() - expected.keys(), wrong, remedy)
 
 
 def refuse_keys(
-    source: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]
+    source: str | os.PathLike,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[str],
+    remedy: str | None = None,
 ) -> None:
-    """Raise a `ValueError` naming the keys, unless there are none."""
+    """Raise a `ValueError` naming the keys and what to do, by default for a saved drafter, unless there are none."""
     kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
     problems = [f"{kind}: {_listed(sorted(names))}" for kind, names in kinds.items() if names]
+    remedy = remedy or (
+        "Save the drafter again with `save_pretrained`; a checkpoint in the published DREAM layout has to go "
+        f"through `dream-hf convert {os.fspath(source)} DESTINATION`."
+    )
     if problems:
         raise ValueError(
             f"The weights of {os.fspath(source)!r} are not those its config.json describes ({'; '.join(problems)}). "
-            "Save the drafter again with `save_pretrained`; a checkpoint in the published DREAM layout has to go "
-            f"through `dream-hf convert {os.fspath(source)} DESTINATION`."
+            + remedy
         )
 
 
 def _check_kind(source: str, model_type: str, config_file: Path | None, adapter_file: Path | None) -> None:
     """Refuse what is no drafter, with the way to use it where there is one."""
-    if adapter_file is not None:
-        raise ValueError(
-            f"{source!r} holds an adapter. Load the drafter it was trained on, then "
-            f"`peft.PeftModel.from_pretrained(drafter, {source!r})`."
-        )
+    refuse_adapter(source, adapter_file)
     if config_file is None:
         raise OSError(f"{source!r} has no config.json: this is no saved drafter. Check the path.")
     fields = read_object(source, config_file)
@@ -163,6 +171,15 @@ def _check_kind(source: str, model_type: str, config_file: Path | None, adapter_
         )
 
 
+def refuse_adapter(source: str, adapter_file: Path | None) -> None:
+    """Raise a `ValueError` where there is an adapter of PEFT."""
+    if adapter_file is not None:
+        raise ValueError(
+            f"{source!r} holds an adapter. Load the drafter it was trained on, then "
+            f"`peft.PeftModel.from_pretrained(drafter, {source!r})`."
+        )
+
+
 def _find_weights(source: str, variant: str | None, **hub: Any) -> list[Path]:
     """The one weights file, or the shards that the index names."""
     weights, index = with_variant(WEIGHTS, variant), with_variant(INDEX, variant)
@@ -172,10 +189,10 @@ def _find_weights(source: str, variant: str | None, **hub: Any) -> list[Path]:
     index_file = fetch_file(source, index, is_optional=True, **hub)
     if index_file is None:
         raise _no_weights(source, weights, **hub)
-    return [_fetch_shard(source, name, **hub) for name in _shard_names(source, index_file)]
+    return [fetch_shard(source, name, **hub) for name in shard_names(source, index_file)]
 
 
-def _shard_names(source: str, index_file: Path) -> list[str]:
+def shard_names(source: str, index_file: Path) -> list[str]:
     """File names in an index, refused where they could lead out of the checkpoint's own folder."""
     try:
         names = sorted(set(read_object(source, index_file)["weight_map"].values()))
@@ -190,7 +207,8 @@ def _shard_names(source: str, index_file: Path) -> list[str]:
     return names
 
 
-def _fetch_shard(source: str, name: str, **hub: Any) -> Path:
+def fetch_shard(source: str, name: str, **hub: Any) -> Path:
+    """One shard that an index names."""
     shard = fetch_file(source, name, **hub)
     if shard is None:
         raise OSError(f"{source!r} lacks the shard {name!r} that its index names. Upload or copy it again.")

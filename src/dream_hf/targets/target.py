@@ -39,16 +39,22 @@ class DecoderRecord:
     Args:
         embeds (`list[torch.Tensor]`): Embeddings that entered, images merged, each (B, T, H).
         features (`list[torch.Tensor]`): Features after the final norm, each (B, T, H).
+        positions (`list[torch.Tensor]`): Positions, each (B, T) or (3, B, T).
     """
 
     embeds: list[torch.Tensor] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)
 
     def take(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Embeddings and features of all tokens since the last call, (B, T, ...); None for what is not recorded."""
         embeds, features = _joined(self.embeds), _joined(self.features)
         self.clear()
         return embeds, features
+
+    def take_positions(self) -> torch.Tensor | None:
+        """Positions of all tokens since the last call of `take`; None where none were given or recorded."""
+        return torch.cat(self.positions, dim=-1) if self.positions else None
 
     def take_first(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The same of the first forward since the last call; others are forgotten."""
@@ -57,7 +63,7 @@ class DecoderRecord:
 
     def clear(self) -> None:
         """Forget what has been recorded."""
-        self.embeds, self.features = [], []
+        self.embeds, self.features, self.positions = [], [], []
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
@@ -220,12 +226,15 @@ class Target:
                 handle.remove()
 
     @contextmanager
-    def recording(self, layers: tuple[int, ...] = (-1,), embeds: bool = True) -> Iterator[DecoderRecord]:
+    def recording(
+        self, layers: tuple[int, ...] = (-1,), embeds: bool = True, positions: bool = False
+    ) -> Iterator[DecoderRecord]:
         """Record what passes through the decoder in this thread while in the block.
 
         Args:
             layers (`tuple[int, ...]`): Whose features, side by side: -1 for those after the final norm, i for layer i's output.
             embeds (`bool`): Whether to record the embeddings that enter.
+            positions (`bool`): Whether to record where tokens stand.
         """
         record = DecoderRecord()
         token = _record.set(record)
@@ -238,6 +247,11 @@ class Target:
                 entering = kwargs.get("inputs_embeds")
                 input_ids = kwargs.get("input_ids", args[0] if args else None)
                 record.embeds.append(self.embed(input_ids) if entering is None else entering)
+            if positions and kwargs.get("position_ids") is not None:
+                found = kwargs["position_ids"]
+                record.positions.append(
+                    found[-3:] if found.ndim == 3 else found
+                )  # a fourth plane, in front, is of masks
             # Layers that share keys and values (Gemma4) skip tokens whose logits nobody wants; their features are wanted.
             return args, {name: 0 if name == "logits_to_keep" else value for name, value in kwargs.items()}
 
@@ -248,11 +262,12 @@ class Target:
         def after(module, args, output):
             if _record.get() is record:
                 last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-                parts = [last if layer == -1 else inner.pop(layer) for layer in layers]
+                parts = [last if layer == -1 else inner[layer] for layer in layers]
+                inner.clear()
                 record.features.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
         handles = []
-        if layers or embeds:
+        if layers or embeds or positions:
             handles.append(self.decoder.register_forward_pre_hook(before, with_kwargs=True))
         if layers:
             handles.append(self.decoder.register_forward_hook(after))

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from ..visibility import FromStart, Visibilities, Visibility
-
-Angles = tuple[Tensor, Tensor]  # cosines, and sines with a negative first half: (B, 1, T, head_dim) each
+from ..attention import Angles, attend, remembered, rotated, split_heads
+from ..visibility import Visibilities, Visibility
 
 
 def run_blocks(
@@ -59,10 +56,10 @@ def self_attention(
     attention: Any, hidden: Tensor, seen: Visibility, angles: Angles, cache: Cache | None = None
 ) -> Tensor:
     """Llama's attention, told who sees what."""
-    queries = _rotate(_heads(attention.q_proj(hidden), attention), angles)
-    keys = _rotate(_heads(attention.k_proj(hidden), attention), angles)
-    values = _heads(attention.v_proj(hidden), attention)
-    keys, values = _remember(keys, values, seen, cache, attention.layer_idx)
+    queries = rotated(split_heads(attention.q_proj(hidden), attention), angles)
+    keys = rotated(split_heads(attention.k_proj(hidden), attention), angles)
+    values = split_heads(attention.v_proj(hidden), attention)
+    keys, values = remembered(keys, values, seen, cache, attention.layer_idx)
     return attention.o_proj(attend(attention, queries, keys, values, seen).flatten(2))
 
 
@@ -70,46 +67,12 @@ def cross_attention(
     attention: Any, hidden: Tensor, features: Tensor, seen: Visibility, cache: Cache | None = None
 ) -> Tensor:
     """Attention of tokens to features: per-head RMS norm on queries and keys, no rotary embedding (paper, section 3.1)."""
-    queries = attention.q_norm(_heads(attention.q_proj(hidden), attention))
-    keys = attention.k_norm(_heads(attention.k_proj(features), attention))
-    values = _heads(attention.v_proj(features), attention)
-    keys, values = _remember(keys, values, seen, cache, attention.layer_idx)
+    queries = attention.q_norm(split_heads(attention.q_proj(hidden), attention))
+    keys = attention.k_norm(split_heads(attention.k_proj(features), attention))
+    values = split_heads(attention.v_proj(features), attention)
+    keys, values = remembered(keys, values, seen, cache, attention.layer_idx)
     unseen = _unseen(values, attention) if seen.may_show_nothing else None
     return attention.o_proj(attend(attention, queries, keys, values, seen, unseen).flatten(2))
-
-
-def attend(
-    attention: Any,
-    queries: Tensor,  # (B, heads, T, head_dim)
-    keys: Tensor,  # (B, key_value_heads, K, head_dim)
-    values: Tensor,  # (B, key_value_heads, K, head_dim)
-    seen: Visibility,
-    unseen: Tensor | None = None,
-) -> Tensor:
-    """Attention of the drafter, (B, T, heads, head_dim); queries that see nothing get `unseen`.
-
-    PyTorch's own takes as little memory as the visibility allows, all others take masks.
-    """
-    dropout = attention.attention_dropout if attention.training else 0.0
-    implementation = attention.implementation
-    if implementation == "sdpa":
-        return seen.attend(queries, keys, values, unseen, attention.scaling, dropout).transpose(1, 2)
-    mask = seen.mask(queries.shape[2], keys.shape[2], queries.device).unsqueeze(1)
-    # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
-    sees_something = mask.any(-1, keepdim=True)
-    bias = attention_bias(mask | ~sees_something, queries.dtype, implementation)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    attended, _ = function(attention, queries, keys, values, bias, dropout=dropout, scaling=attention.scaling)
-    return (
-        attended if unseen is None else torch.where(sees_something.transpose(1, 2), attended, unseen.transpose(1, 2))
-    )
-
-
-def attention_bias(mask: Tensor, dtype: torch.dtype, attn_implementation: str | None) -> Tensor:
-    """A boolean mask in the form an attention function takes: eager adds it to the scores, the others read booleans."""
-    if attn_implementation != "eager":
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def rotary_angles(rotary: Any, like: Tensor, positions: Tensor) -> Angles:
@@ -117,27 +80,6 @@ def rotary_angles(rotary: Any, like: Tensor, positions: Tensor) -> Angles:
     cos, sin = rotary(like, positions)
     first, second = sin.chunk(2, dim=-1)
     return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
-
-
-def _rotate(states: Tensor, angles: Angles) -> Tensor:
-    """Rotary embedding of (B, heads, T, head_dim): dimension i pairs with i + head_dim / 2."""
-    cos, sin = angles
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), sin)
-
-
-def _heads(projected: Tensor, attention: Any) -> Tensor:
-    """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
-    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-def _remember(
-    keys: Tensor, values: Tensor, seen: Visibility, cache: Cache | None, layer_idx: int
-) -> tuple[Tensor, Tensor]:
-    """Put keys and values into the cache; returns all that a query may see."""
-    if cache is None:
-        return keys, values
-    shown = cache.update(keys, values, layer_idx)
-    return (keys, values) if isinstance(seen, FromStart) else shown  # buffers may have room behind a first text
 
 
 def _unseen(values: Tensor, attention: Any) -> Tensor:

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ...decoding.settings import DraftSettings
+from ..fit import describe_target
 from .reading import Reading
 
 BLOCK_TYPES = ("initial", "cross", "final")
@@ -245,19 +246,6 @@ def check_config_names(names: Iterable[str]) -> None:
         if name not in known:
             near = get_close_matches(name, known, 1, cutoff=0.0)[0]
             raise ValueError(f"`{name}` is no argument of `DreamConfig`; is `{near}` meant? See `help(DreamConfig)`.")
-
-
-def describe_target(target_config: PreTrainedConfig) -> dict[str, Any]:
-    """Identity of a target as kept in `DreamConfig.target`."""
-    text = target_config.get_text_config(decoder=True)
-    return {
-        "model_type": target_config.model_type,
-        "hidden_size": text.hidden_size,
-        "vocab_size": text.vocab_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "name": getattr(target_config, "_name_or_path", "") or None,
-        "revision": getattr(target_config, "_commit_hash", None),
-    }
 
 
 def _plain_rope_parameters(text_config: PreTrainedConfig) -> dict[str, Any]:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from ...hub.downloads import fetch_file
-from ..checkpoint_files import DamagedFileError, check_digest, read_object
-from .configuration import DreamConfig, describe_target
+from ..checkpoint_files import read_object
+from ..fit import describe_target
+from ..published_files import read_tensors
+from .configuration import DreamConfig
 from .drafter import DreamDrafter
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Wrappers that prefix every name: torch's DistributedDataParallel and compile.
 WRAPPERS = ("module.", "_orig_mod.")
 DROPPED = {
@@ -113,9 +109,9 @@ def convert_checkpoint(
     source, destination = os.fspath(source), os.fspath(destination)
     if os.path.realpath(source) == os.path.realpath(destination):
         raise ValueError(f"`destination` ({destination!r}) is `source`; name another folder.")
-    hub = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token}
     config = _read_config(source, target, **hub)
-    tensors = _read_tensors(source, **hub)
+    tensors = read_tensors(source, **hub)
     expected = DreamDrafter.expected_shapes(config)
     report, named = _sort_keys(source, destination, tensors, expected)
     _refuse(report, named, expected)
@@ -180,36 +176,6 @@ def _describe(
             "it was trained for another target."
         )
     return {"target": {**description, "name": target}, "vocab_size": description["vocab_size"]}
-
-
-def _read_tensors(source: str, **hub: Any) -> dict[str, Any]:
-    """The checkpoint's entries, in memory; a pickle is read with `weights_only=True`, so that it can't run code."""
-    for name in WEIGHTS:
-        file = fetch_file(source, name, **hub)
-        if file is not None:
-            break
-    else:
-        raise OSError(f"`source` ({source!r}) has none of {', '.join(WEIGHTS)}.")
-    check_digest(source, file)
-    try:
-        entries = load_file(file) if name.endswith(".safetensors") else _unpickle(file)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise DamagedFileError(
-            f"{name} of {source!r} can't be read as plain tensors: {error}. If it is a download, fetch it again; a pickle that "
-            "holds anything but tensors is not loaded."
-        ) from error
-    if not isinstance(entries, Mapping):
-        raise ValueError(f"{name} of {source!r} holds a {type(entries).__name__} instead of named tensors.")
-    return dict(entries)
-
-
-def _unpickle(file: Path) -> Any:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > 2 * file.stat().st_size:
-            raise zipfile.BadZipFile(f"it unpacks to {size:,} bytes, although torch does not compress")
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _sort_keys(

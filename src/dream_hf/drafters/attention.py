@@ -1,0 +1,74 @@
+"""Attention of drafters, as functions: heads, rotary embedding, the cache, and who sees what.
+
+B rows, T new tokens, K keys, those in the cache included. `attention` is a module, or what has its attributes: `head_dim`,
+`scaling`, `attention_dropout`, `training`, `implementation`, `num_key_value_groups`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .visibility import FromStart, Visibility
+
+Angles = tuple[Tensor, Tensor]  # cosines, and sines with a negative first half: (B, 1, T, head_dim) each
+
+
+def attend(
+    attention: Any,
+    queries: Tensor,  # (B, heads, T, head_dim)
+    keys: Tensor,  # (B, key_value_heads, K, head_dim)
+    values: Tensor,  # (B, key_value_heads, K, head_dim)
+    seen: Visibility,
+    unseen: Tensor | None = None,
+) -> Tensor:
+    """Attention of the drafter, (B, T, heads, head_dim); queries that see nothing get `unseen`.
+
+    PyTorch's own takes as little memory as the visibility allows, all others take masks.
+    """
+    dropout = attention.attention_dropout if attention.training else 0.0
+    implementation = attention.implementation
+    if implementation == "sdpa":
+        return seen.attend(queries, keys, values, unseen, attention.scaling, dropout).transpose(1, 2)
+    mask = seen.mask(queries.shape[2], keys.shape[2], queries.device).unsqueeze(1)
+    # A query that sees nothing (the first token) has no softmax: let it see all, and replace what it gets.
+    sees_something = mask.any(-1, keepdim=True)
+    bias = attention_bias(mask | ~sees_something, queries.dtype, implementation)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    attended, _ = function(attention, queries, keys, values, bias, dropout=dropout, scaling=attention.scaling)
+    return (
+        attended if unseen is None else torch.where(sees_something.transpose(1, 2), attended, unseen.transpose(1, 2))
+    )
+
+
+def attention_bias(mask: Tensor, dtype: torch.dtype, attn_implementation: str | None) -> Tensor:
+    """A boolean mask in the form an attention function takes: eager adds it to the scores, the others read booleans."""
+    if attn_implementation != "eager":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def rotated(states: Tensor, angles: Angles) -> Tensor:
+    """Rotary embedding of (B, heads, T, head_dim): dimension i pairs with i + head_dim / 2."""
+    cos, sin = angles
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), sin)
+
+
+def split_heads(projected: Tensor, attention: Any) -> Tensor:
+    """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
+    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
+def remembered(
+    keys: Tensor, values: Tensor, seen: Visibility, cache: Cache | None, layer_idx: int
+) -> tuple[Tensor, Tensor]:
+    """Put keys and values into the cache; returns all that a query may see."""
+    if cache is None:
+        return keys, values
+    shown = cache.update(keys, values, layer_idx)
+    return (keys, values) if isinstance(seen, FromStart) else shown  # buffers may have room behind a first text

@@ -1,0 +1,56 @@
+"""What kind of drafter a checkpoint holds, by its config and the names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+OURS, EAGLE, PUBLISHED_DREAM = "ours", "eagle", "published dream"
+OUR_MODEL_TYPES = ("dream_drafter", "eagle_drafter")
+
+
+def kind_of(source: str, config: Mapping[str, Any], names: Set[str]) -> str:
+    """`EAGLE` or `PUBLISHED_DREAM`.
+
+    Args:
+        source (`str`): Where the checkpoint comes from, for messages.
+        config (`Mapping`): The fields of its config.json.
+        names (`Set[str]`): The names of its tensors.
+
+    Raises:
+        ValueError: A kind that is not read, or no drafter at all; the message says which.
+    """
+    if any(".cross_attn." in name for name in names):
+        return PUBLISHED_DREAM
+    unread = _unread_kind(config, names)
+    if unread is not None:
+        raise ValueError(f"{source!r} holds {unread}, which is not read yet. Load an EAGLE or a DREAM drafter.")
+    plain = {name.removeprefix("model.") for name in names}
+    if "fc.weight" in plain and any(name.startswith(("midlayer.", "layers.0.")) for name in plain):
+        return EAGLE
+    first = ", ".join(sorted(names)[:3]) or "nothing"
+    raise ValueError(
+        f"{source!r} is no drafter that can be told: its weights are {first}, ... A drafter has `fc.weight` and a layer "
+        "(EAGLE), or `cross_attn` blocks (DREAM). Is it a model?"
+    )
+
+
+def _unread_kind(config: Mapping[str, Any], names: Set[str]) -> str | None:
+    """What a checkpoint is, of kinds that are known and not read."""
+    algorithm = config.get("speculators_model_type")
+    kinds = {
+        "a ViSpec drafter": any(name.startswith(("imadpt.", "img_adaptor.", "img_fc.")) for name in names),
+        "a DFlash drafter": "hidden_norm.weight" in names,
+        "a parallel (P-EAGLE) drafter": "mask_hidden" in names,
+        "a drafter with latent attention (MLA)": any(".q_a_proj." in name for name in names),
+        f"a {algorithm!r} drafter of speculators": algorithm not in (None, "eagle3"),
+        "an MSD drafter": _is_msd(config, names),
+    }
+    return next((kind for kind, is_it in kinds.items() if is_it), None)
+
+
+def _is_msd(config: Mapping[str, Any], names: Set[str]) -> bool:
+    """EAGLE-2's weights with a trained embedding; its layer has an input norm, or its config is that of a LLaVA."""
+    if "embed_tokens.weight" not in names or names & {"norm.weight", "layers.0.hidden_norm.weight"}:
+        return False
+    return "layers.0.input_layernorm.weight" in names or "mm_projector_type" in config

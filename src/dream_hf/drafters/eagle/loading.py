@@ -1,0 +1,90 @@
+"""From a published EAGLE checkpoint to an [`EagleDrafter`] for a target: every tensor is used or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ..checkpoint_files import check_shapes
+from ..fit import describe_target
+from .configuration import EagleConfig
+from .drafter import EagleDrafter
+from .published import Wiring, is_first_generation, read_config, read_fields, read_wiring, refuse_unread, renamed
+
+REMEDY = "Get the checkpoint again; if it is whole, it is of a kind that is not read."
+
+
+def load_eagle(
+    source: str, config: Mapping[str, Any], tensors: Mapping[str, Any], target: Any, wiring: Mapping[str, Any] | None
+) -> EagleDrafter:
+    """A drafter of published weights, in the target's dtype and on its device.
+
+    Args:
+        source (`str`): Where they come from, for messages.
+        config (`Mapping`): The fields of config.json.
+        tensors (`Mapping`): The tensors by their published names.
+        target (`PreTrainedModel`): The model to draft for.
+        wiring (`Mapping`, *optional*): Fields of [`Wiring`] that are known better than the config says.
+
+    Raises:
+        ValueError: Tensors that are missing, unknown or of another shape, or another target than they were made for.
+    """
+    description = describe_target(target.config)
+    try:
+        fields = read_fields(config)
+        refuse_unread(fields)
+        found = read_wiring(fields, set(tensors), description["num_hidden_layers"]).changed(wiring or {})
+        ours = renamed(tensors)
+        if is_first_generation(set(ours)):
+            ours.pop("embed_tokens.weight", None)  # a copy of the target's, which published loaders put in its place
+        if not found.has_final_norm:
+            ours.pop("norm.weight", None)  # SpecForge writes it and does not use it
+        _check_target(fields, ours, found, description)
+        drafter_config = read_config(fields, ours, found, {**description, "name": None, "revision": None})
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{source!r} is no EAGLE drafter for this target: {error}.".replace("..", ".")) from error
+    drafter_config._name_or_path = source
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    check_shapes(source, shapes, EagleDrafter.expected_shapes(drafter_config), REMEDY)
+    return _assembled(drafter_config, ours, target)
+
+
+def _check_target(fields: Mapping[str, Any], tensors: Mapping[str, Any], wiring: Wiring, target: Mapping) -> None:
+    """Refuse what was made for another target, as plainly as can be said."""
+    vocab_size, layers = target["vocab_size"], wiring.feature_layers
+    if fields.get("vocab_size") not in (None, vocab_size):
+        raise ValueError(f"its vocabulary has {fields['vocab_size']} tokens and the target's {vocab_size}")
+    if min(layers) < 1 or max(layers) > target["num_hidden_layers"]:
+        raise ValueError(f"it reads layers {layers} of a target that has {target['num_hidden_layers']}")
+    head = tensors.get("lm_head.weight")
+    if head is not None and head.shape[0] != vocab_size and "draft_token_ids" not in tensors:
+        raise ValueError(f"its head has {head.shape[0]} rows, and without a d2t nobody knows which tokens they are")
+    ids = tensors.get("draft_token_ids")
+    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(f"its d2t leads to tokens from {int(ids.min())} to {int(ids.max())}, of {vocab_size}")
+    fc = tensors.get("fc.weight")
+    if fc is None or fc.ndim != 2:
+        raise ValueError("it has no matrix fc.weight")
+    wanted = 2 * fc.shape[0] if is_first_generation(set(tensors)) else len(layers) * target["hidden_size"]
+    if fc.shape[1] != wanted:
+        raise ValueError(
+            f"its fc reads {fc.shape[1]} numbers, and {wanted} are what {len(layers)} layers of this target "
+            f"(width {target['hidden_size']}) give"
+        )
+
+
+def _assembled(config: EagleConfig, tensors: Mapping[str, torch.Tensor], target: Any) -> EagleDrafter:
+    """The drafter itself, made without weights that would be thrown away."""
+    with torch.device("meta"):
+        drafter: Any = EagleDrafter(config)
+    placed = {
+        name: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
+    drafter.load_state_dict(placed, assign=True)
+    drafter.rotary_emb = LlamaRotaryEmbedding(config).to(target.device)  # type: ignore[arg-type]
+    return drafter.requires_grad_(False).eval()

@@ -1,0 +1,238 @@
+"""Published EAGLE checkpoints in our terms: what a config says, what the names and shapes of the weights say.
+
+Spellings and meanings were read off the programs that write them: SafeAILab's EAGLE, SpecForge, AngelSlim, speculators, NeMo
+Automodel, ModelOpt. The weights decide wherever they can; what neither they nor the config settle is the `Wiring`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from .configuration import EagleConfig
+
+Tensors = Mapping[str, torch.Tensor]
+Fields = Mapping[str, Any]
+
+DEFAULT_THETA = 10000.0
+# Fields of published configs that ours has under the same name.
+SHARED_FIELDS = (
+    "intermediate_size", "num_attention_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What a checkpoint leaves open, and one file's weights can be read both ways.
+
+    Args:
+        feature_layers (`tuple[int, ...]`): Which of the target's `hidden_states` are read.
+        norm_before_residual (`bool`): As in [`EagleConfig`].
+        has_final_norm (`bool`): As in [`EagleConfig`].
+        is_feedback_normed (`bool`): As in [`EagleConfig`].
+        rope_theta (`float`): Base of the rotary embedding.
+        mrope_section (`tuple[int, ...]`, *optional*): As in [`EagleConfig`].
+        is_mrope_interleaved (`bool`): As in [`EagleConfig`].
+    """
+
+    feature_layers: tuple[int, ...]
+    norm_before_residual: bool = False
+    has_final_norm: bool = True
+    is_feedback_normed: bool = False
+    rope_theta: float = DEFAULT_THETA
+    mrope_section: tuple[int, ...] | None = None
+    is_mrope_interleaved: bool = False
+
+    def changed(self, changes: Mapping[str, Any]) -> Wiring:
+        """The same but for `changes`.
+
+        Raises:
+            ValueError: A name that is none of the above.
+        """
+        names = [field.name for field in fields(self)]
+        if unknown := sorted(changes.keys() - set(names)):
+            raise ValueError(f"`wiring` names {', '.join(unknown)}; what can be said is {', '.join(names)}.")
+        return replace(self, **changes)
+
+
+def read_fields(config: Fields) -> dict[str, Any]:
+    """A config.json with the fields of a nested `transformer_layer_config` beside its own, which win."""
+    return {**(config.get("transformer_layer_config") or {}), **config}
+
+
+def refuse_unread(config: Fields) -> None:
+    """Refuse what a config asks for and this package does not do.
+
+    Raises:
+        ValueError: Windows of attention, or a feature of one layer only.
+    """
+    windows = [kind for kind in config.get("layer_types") or () if "sliding" in str(kind)]
+    if windows or config.get("sliding_window_indices"):
+        raise ValueError("its layers look back a sliding window only (`layer_types`), which is not read yet")
+    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+        raise ValueError("it reads the last feature alone (`use_aux_hidden_state` is false), which is not read yet")
+
+
+def renamed(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The same tensors by our names: `model.` goes, `midlayer` is the first of `layers`, `d2t` becomes token ids."""
+    ours = {}
+    for key, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__}, no tensor")
+        name = re.sub(r"^midlayer\.", "layers.0.", re.sub(r"^model\.", "", key))
+        if name in ours:
+            raise ValueError(f"the tensors {key} and another one are both {name}")
+        if not re.fullmatch(r".*rotary_emb\.inv_freq", name):  # computed from the config
+            ours[name] = value
+    deltas, is_drafted = ours.pop("d2t", None), ours.pop("t2d", None)
+    if deltas is not None:
+        ours["draft_token_ids"] = _token_ids(deltas, is_drafted)
+    elif is_drafted is not None:
+        raise ValueError("there is a t2d and no d2t, so that nobody knows which tokens its head drafts")
+    return ours
+
+
+def _token_ids(deltas: torch.Tensor, is_drafted: torch.Tensor | None) -> torch.Tensor:
+    """Tokens of the target that drafted ids stand for: d2t holds differences."""
+    if deltas.is_floating_point() or deltas.ndim != 1:
+        raise ValueError(f"d2t is {deltas.dtype} of shape {tuple(deltas.shape)}; it must be a row of integers")
+    ids = deltas.long() + torch.arange(len(deltas))
+    if is_drafted is not None and sorted(ids.tolist()) != is_drafted.nonzero().flatten().tolist():
+        raise ValueError("d2t and t2d name different tokens")
+    return ids
+
+
+def read_wiring(config: Fields, names: set[str], num_target_layers: int) -> Wiring:
+    """What a config says, by the meanings of whoever wrote it; `names` are those of the tensors as published."""
+    is_nemo = any(name.startswith("model.") for name in names)
+    is_speculators = "speculators_model_type" in config
+    is_angelslim = "Eagle3LlamaForCausalLM" in (config.get("architectures") or ()) or config.get("modal_type") == "VLM"
+    is_first = is_first_generation(names)
+    layers = (num_target_layers,) if is_first else _feature_layers(config, num_target_layers)
+    wiring = Wiring(layers, norm_before_residual=bool(config.get("norm_before_residual", False)))
+    wiring = replace(wiring, **_rope(config, is_angelslim, wants_planes=not (is_speculators or is_nemo or is_first)))
+    has_norm = any(name.removeprefix("model.") == "norm.weight" for name in names)
+    norm_output = config.get("norm_output")
+    if is_first:
+        return replace(wiring, has_final_norm=has_norm, is_feedback_normed=has_norm)
+    if is_speculators or is_nemo:  # for which `norm_output` is about what the next level reads
+        return replace(wiring, is_feedback_normed=bool(norm_output))
+    return replace(wiring, has_final_norm=norm_output is not False)  # and for all others about the head
+
+
+def is_first_generation(names: set[str]) -> bool:
+    """Whether tensors are of EAGLE-1 or EAGLE-2: no norm of features beside that of embeddings."""
+    return not any(name.endswith(".hidden_norm.weight") for name in names)
+
+
+def _feature_layers(config: Fields, num_layers: int) -> tuple[int, ...]:
+    """Places in `hidden_states`. Some programs count what a layer puts out instead, under the same name."""
+    nested = config.get("eagle_config") or {}
+    name = "eagle_aux_hidden_state_layer_ids"
+    by_place = config.get(name) if "speculators_model_type" in config else None
+    by_output = config.get("aux_hidden_states_layer_ids")
+    either = nested.get(name) or (None if by_place else config.get(name))
+    if by_place:
+        return tuple(by_place)
+    if by_output:
+        return tuple(index + 1 for index in by_output)
+    if not either:
+        return (2, num_layers // 2, num_layers - 3)
+    ends = min(either), max(either)
+    says_outputs = config.get("eagle_aux_layer_semantics") == "sglang" or bool(nested.get(name))
+    if ends == (1, num_layers - 4):
+        says_outputs = True
+    elif ends == (2, num_layers - 3):
+        says_outputs = False
+    return tuple(index + says_outputs for index in either)
+
+
+def _rope(config: Fields, is_angelslim: bool, wants_planes: bool) -> dict[str, Any]:
+    """Base and planes of the rotary embedding."""
+    rope = _rope_fields(config)
+    section = rope.get("mrope_section") if wants_planes else None
+    theta = rope.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA
+    if is_angelslim and section is None:
+        theta = DEFAULT_THETA  # its trainer passes no other
+    return {
+        "rope_theta": float(theta),
+        "mrope_section": None if section is None else tuple(section),
+        "is_mrope_interleaved": section is not None and is_angelslim,
+    }
+
+
+def _rope_fields(config: Fields) -> dict[str, Any]:
+    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
+def read_config(config: Fields, tensors: Tensors, wiring: Wiring, target: Fields) -> EagleConfig:
+    """The config of a drafter with these tensors (by our names), for a target as `describe_target` describes it.
+
+    Raises:
+        ValueError: Shapes that fit no such drafter.
+    """
+    keys, is_first = set(tensors), is_first_generation(set(tensors))
+    query, key = (_rows(tensors, f"layers.0.self_attn.{part}_proj.weight") for part in "qk")
+    num_heads, hidden = config.get("num_attention_heads"), _rows(tensors, "fc.weight")
+    if not isinstance(num_heads, int):
+        raise ValueError(f"its config.json has no `num_attention_heads` ({num_heads!r})")
+    head_dim = _share(query, num_heads, "q_proj", "`num_attention_heads`")
+    given = {name: config[name] for name in SHARED_FIELDS if config.get(name) is not None}
+    ids = tensors.get("draft_token_ids")
+    return EagleConfig(
+        **given,
+        vocab_size=target["vocab_size"],
+        hidden_size=hidden,
+        target_hidden_size=target["hidden_size"],
+        feature_layers=list(wiring.feature_layers),
+        generation=1 if is_first else 3,
+        num_hidden_layers=1 + max(int(found[1]) for name in keys if (found := re.match(r"layers\.(\d+)\.", name))),
+        num_key_value_heads=_share(key, head_dim, "k_proj", "`head_dim`"),
+        head_dim=head_dim,
+        rope_parameters=_rope_parameters(config, wiring),
+        attention_bias="layers.0.self_attn.q_proj.bias" in keys,
+        attention_output_bias="layers.0.self_attn.o_proj.bias" in keys,
+        mlp_bias="layers.0.mlp.gate_proj.bias" in keys,
+        fc_bias=bool(config.get("bias", config.get("fc_bias", not wiring.has_final_norm)))
+        if is_first
+        else "fc.bias" in keys,
+        has_qk_norm="layers.0.self_attn.q_norm.weight" in keys,
+        has_input_norm=is_first and "layers.0.input_layernorm.weight" in keys,
+        has_final_norm=wiring.has_final_norm,
+        is_feedback_normed=wiring.is_feedback_normed,
+        norm_before_residual=wiring.norm_before_residual,
+        norm_before_fc=bool(config.get("norm_before_fc")) or "input_norm.weight" in keys,
+        has_fc_norm=bool(config.get("fc_norm")) or "fc_norm.0.weight" in keys,
+        has_embedding="embed_tokens.weight" in keys,
+        has_head="lm_head.weight" in keys,
+        mrope_section=wiring.mrope_section,
+        is_mrope_interleaved=wiring.is_mrope_interleaved,
+        draft_vocab_size=None if ids is None else len(ids),
+        target=dict(target),
+    )
+
+
+def _rope_parameters(config: Fields, wiring: Wiring) -> dict[str, Any]:
+    rope = _rope_fields(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", "mrope"):
+        return {"rope_type": "default", "rope_theta": wiring.rope_theta}
+    rope.pop("type", None)
+    return {**rope, "rope_type": kind, "rope_theta": wiring.rope_theta}
+
+
+def _rows(tensors: Tensors, name: str) -> int:
+    if name not in tensors or tensors[name].ndim != 2:
+        raise ValueError(f"it has no matrix {name}")
+    return tensors[name].shape[0]
+
+
+def _share(rows: int, count: int, name: str, field: str) -> int:
+    if count < 1 or rows % count:
+        raise ValueError(f"{name} has {rows} rows, which {field} ({count}) does not divide")
+    return rows // count

@@ -1,0 +1,119 @@
+"""An EAGLE drafter at work in one `generate()`: what it has read, what it has yet to read, and the trees it grows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...decoding.drafter import DraftSession, Prefill, Verified
+from ...decoding.settings import DraftSettings
+from ...decoding.tree import DraftTree
+from ...runtime.alignment import left_aligned
+from ..growth import grow_tree
+from ..levels import TargetHead
+from ..pending import PendingTokens
+from .modeling import EagleModel
+from .state import EagleLevels, EagleState
+
+
+class EagleSession(DraftSession):
+    """Reads lazily: what steps have gained piles up, and is read in one forward before the next tree.
+
+    Args:
+        drafter (`EagleModel`): The drafter; not changed.
+        prefill (`Prefill`): What the target has read, with features.
+        settings (`DraftSettings`): How to draft.
+    """
+
+    def __init__(self, drafter: EagleModel, prefill: Prefill, settings: DraftSettings):
+        self.drafter, self.settings = drafter, settings
+        self.head = head_for(drafter, prefill)
+        self.state, self.pending = self._start_state(prefill)
+        self._read_prompt(prefill)
+
+    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+        roots = root_tokens.to(self.drafter.device)
+        return grow_tree(self.levels(), roots, self.settings, self.head.ends, max_depth)
+
+    def levels(self) -> EagleLevels:
+        """The levels below the last tokens; what was gained is read first."""
+        self._catch_up()
+        return EagleLevels(self.state, self.head)
+
+    def read(self, verified: Verified) -> None:
+        assert verified.features is not None  # the drafter needs them
+        self.pending.add(verified.tokens, verified.features, verified.counts)
+
+    def suspend(self) -> EagleSession:
+        return self
+
+    def _start_state(self, prefill: Prefill) -> tuple[EagleState, PendingTokens]:
+        """An empty state, or that of an earlier turn brought up to date."""
+        if isinstance(prefill.earlier, EagleSession) and prefill.earlier.drafter is self.drafter:
+            self.state, self.pending = prefill.earlier.state, prefill.earlier.pending
+            self.state.draft_threads = self.settings.draft_threads
+            self.state.leave_inference_mode()
+            self._catch_up()
+            return self.state, self.pending
+        batch_size = prefill.first_tokens.shape[0]
+        return EagleState(self.drafter, batch_size, self.settings.draft_threads), PendingTokens()
+
+    def _read_prompt(self, prefill: Prefill) -> None:
+        """Read the prompt, each feature with the token behind it; the first new token is behind the last feature.
+
+        A drafter that goes on has read the first of these tokens with the feature before it, so nothing is left out. Of a
+        prompt that came as embeddings no tokens are known, so only the last feature is read.
+        """
+        assert prefill.features is not None  # the drafter needs them
+        num_new = min(prefill.features.shape[1], prefill.token_ids.shape[1] + 1)
+        features, device = prefill.features[:, -num_new:], prefill.features.device
+        real = prefill.real.to(device)
+        order, counts = left_aligned(real[:, -num_new:])
+        tokens = torch.cat([prefill.token_ids, prefill.first_tokens.to(prefill.token_ids)], dim=1).to(device)
+        # The last of these is behind the last slot; behind a slot that padding follows is the next real one.
+        behind = order[:, 1:] - 1
+        behind = nn.functional.pad(behind, (0, 1)).scatter(1, counts.clamp(min=1)[:, None] - 1, num_new - 1)
+        positions = prefill.positions
+        if positions is None or self.drafter.config.mrope_section is None:
+            positions = real.cumsum(-1) - 1
+        positions = positions[..., -num_new:].to(device)
+        positions = positions.expand(*positions.shape[:-2], *order.shape)
+        positions = positions.gather(-1, order.expand_as(positions))
+        features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
+        embeds = self.head.embed(tokens[:, -num_new:].gather(1, behind.clamp(min=0)))
+        self.state.read(embeds, features, positions, counts.tolist())
+
+    def _catch_up(self) -> None:
+        """Read what was gained since the last draft."""
+        if self.pending:
+            tokens, features, counts = self.pending.take()
+            self.state.read_on(self.head.embed(tokens), features, counts)
+
+
+def head_for(drafter: EagleModel, prefill: Prefill) -> TargetHead:
+    """Embedding and head, the drafter's own or the target's; they are asked for tokens and states from anywhere."""
+    assert prefill.features is not None  # the drafter needs them
+    embed = partial(_embed, drafter.embed_tokens or prefill.target.embedding)
+    if drafter.lm_head is not None:
+        logits = partial(_own_logits, drafter)
+    else:
+        logits = partial(_target_logits, drafter, prefill.target.draft_logits(drafter), prefill.features)
+    return TargetHead(embed=embed, logits=logits, token_ids=drafter.draft_token_ids, ends=prefill.end_ids)
+
+
+def _embed(table: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings of tokens; what stands for a picture may lie outside of a table, where the target merges it."""
+    weight = table.weight
+    token_ids = token_ids.to(weight.device)
+    return table(token_ids.masked_fill(token_ids >= weight.shape[0], 0))
+
+
+def _own_logits(drafter: EagleModel, states: torch.Tensor) -> torch.Tensor:
+    return drafter.lm_head(drafter.for_head(states)).float()  # type: ignore[misc]
+
+
+def _target_logits(drafter: EagleModel, logits: Any, like: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return logits(drafter.for_head(states).to(like.device, like.dtype))

@@ -1,0 +1,161 @@
+"""What an EAGLE drafter has read of a text, and the levels of a tree below it.
+
+A row of the drafter's stands for a feature of the target's and the token chosen from it. Verified rows keep their slots in the
+cache; while a tree grows, its beams sit in the tentative slots behind them, and a beam sees of those only its ancestors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...runtime.kv_cache import slot_cache
+from ...runtime.phases import DRAFTER, phase
+from ...runtime.slots import Slots
+from ...runtime.threads import cpu_threads
+from ..levels import SlotLevel, TargetHead, first_level, next_level
+from ..masked_attention import MASK_ENTRIES, aligned_bias
+from ..visibility import Biased, FromStart, Visibility
+from .modeling import EagleModel
+
+
+class EagleState:
+    """The state of an EAGLE drafter.
+
+    Args:
+        drafter (`EagleModel`): The drafter; not changed.
+        batch_size (`int`): Rows of the batch.
+        draft_threads (`int`, *optional*): CPU threads that draft.
+    """
+
+    def __init__(self, drafter: EagleModel, batch_size: int, draft_threads: int | None = None):
+        self.drafter, self.draft_threads = drafter, draft_threads
+        self.slots = Slots([0] * batch_size)
+        self.cache = slot_cache([self.slots] * len(drafter.layers))
+        self.root_states: torch.Tensor | None = None  # (B, 1, H), what came out of the last verified row
+        self.root_positions: torch.Tensor | None = None  # (B, 1)
+
+    def read(
+        self,
+        embeds: torch.Tensor,  # (B, T, H)
+        features: torch.Tensor,  # (B, T, feature_size)
+        positions: torch.Tensor,  # (B, T) or (3, B, T)
+        counts: Sequence[int],
+    ) -> torch.Tensor:
+        """Take in verified rows, the first `counts[b]` of row b of the batch; returns what came out, (B, T, H)."""
+        device, dtype = self.drafter.device, self.drafter.dtype
+        embeds, positions = embeds.to(device, dtype), positions.to(device)
+        is_prompt = not self.slots.longest  # many tokens: as many threads as there are
+        with phase(DRAFTER), cpu_threads(None if is_prompt else self.draft_threads):
+            states = self.drafter.fuse(features.to(device, dtype))
+            if is_prompt:
+                hidden = self._forward(embeds, states, FromStart(), positions)
+            else:
+                hidden = self._read_behind(embeds, states, positions)
+        self.slots.commit(counts)
+        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
+        root_states = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        root_positions = _highest(positions, counts)
+        if self.root_states is not None and not all(
+            counts
+        ):  # a row of the batch that gained nothing stays where it is
+            is_new = torch.tensor([count > 0 for count in counts], device=device)[:, None]
+            root_states = torch.where(is_new[..., None], root_states, self.root_states)
+            root_positions = torch.where(is_new, root_positions, self.root_positions)  # type: ignore[arg-type]
+        self.root_states, self.root_positions = root_states, root_positions
+        return hidden
+
+    def read_on(self, embeds: torch.Tensor, features: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Take in rows of text right behind the last one: embeds (B, T, H), features (B, T, feature_size)."""
+        assert self.root_positions is not None  # something has been read
+        steps = torch.arange(1, embeds.shape[1] + 1, device=self.drafter.device)
+        return self.read(embeds, features, self.root_positions + steps, counts)
+
+    def beams(self, embeds: torch.Tensor, states: torch.Tensor, sees: torch.Tensor, depth: int) -> torch.Tensor:
+        """Run one level's beams, tentatively: embeds and their parents' states (B, k, H) -> states (B, k, H).
+
+        `sees` (B, k, columns) tells which rows each beam sees: the verified ones, its ancestors' and its own.
+        """
+        assert self.root_positions is not None  # something has been read
+        positions = (self.root_positions + depth).expand(-1, embeds.shape[1])
+        hidden = self._forward(embeds, states, _biased(sees, embeds.dtype), positions)
+        self.slots.extend(embeds.shape[1])
+        return hidden
+
+    def leave_inference_mode(self) -> None:
+        """Let buffers made in `torch.inference_mode()` be written outside it."""
+        if not torch.is_inference_mode_enabled():
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                layer.leave_inference_mode()
+
+    def _read_behind(self, embeds: torch.Tensor, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read on, in chunks whose masks do not grow with the text: (B, T, H)."""
+        num_rows, num_new = embeds.shape[:2]
+        starts = self.slots.tensor(embeds.device)[:, None]
+        size = max(1, MASK_ENTRIES // (num_rows * (self.slots.end + num_new)))
+        hidden = []
+        for first in range(0, num_new, size):
+            part = slice(first, min(first + size, num_new))
+            own = starts + torch.arange(part.start, part.stop, device=embeds.device)
+            columns = torch.arange(self.slots.end + part.stop - part.start, device=embeds.device)
+            seen = _biased(columns <= own[..., None], embeds.dtype)
+            hidden.append(self._forward(embeds[:, part], states[:, part], seen, positions[..., part]))
+            self.slots.extend(part.stop - part.start)  # until all is read
+        return torch.cat(hidden, dim=1)
+
+    def _forward(
+        self, embeds: torch.Tensor, states: torch.Tensor, seen: Visibility, positions: torch.Tensor
+    ) -> torch.Tensor:
+        out = self.drafter(embeds, states, attention_mask=seen, position_ids=positions, past_key_values=self.cache)
+        return out.last_hidden_state
+
+
+@dataclass(frozen=True)
+class EagleLevels:
+    """The levels of a tree below the last row that a drafter has read; what `grow_tree` grows from.
+
+    Args:
+        state (`EagleState`): A state that has read all verified text; its tentative slots are empty between two trees.
+        head (`TargetHead`): Embedding and head, the drafter's own or the target's.
+    """
+
+    state: EagleState
+    head: TargetHead
+
+    def first_level(self, num_levels: int, top_k: int) -> SlotLevel:
+        """The likeliest tokens below the last one of each row of the batch."""
+        state = self.state
+        assert state.root_states is not None  # something has been read
+        num_columns = state.slots.end + num_levels * top_k
+        with phase(DRAFTER):
+            return first_level(
+                self.head, state.root_states, state.slots.tensor(state.drafter.device), num_columns, top_k
+            )
+
+    def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
+        """Run the best nodes of a level at `places`, tentatively, and find `top_k` children of each."""
+        beams = level.beams(places)
+        with phase(DRAFTER):
+            embeds = self.head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
+            return next_level(self.head, beams, self.state.beams(embeds, beams.features, beams.sees, depth), top_k)
+
+    def forget_levels(self) -> None:
+        """Empty the tentative slots."""
+        self.state.slots.rollback()
+
+
+def _biased(sees: torch.Tensor, dtype: torch.dtype) -> Biased:
+    """What rows see by a mask (B, T, columns), in which each sees itself."""
+    return Biased(aligned_bias(sees.unsqueeze(1).to(dtype).log()))
+
+
+def _highest(positions: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The highest position, on any plane, of the first `counts[b]` rows of each text: (B, 1)."""
+    places = torch.arange(positions.shape[-1], device=positions.device)
+    is_read = places < torch.tensor(counts, device=positions.device)[:, None]
+    positions = positions.expand(len(counts), -1) if positions.ndim == 2 else positions.amax(0)
+    return positions.masked_fill(~is_read, -1).amax(-1, keepdim=True)

@@ -1,0 +1,105 @@
+"""Reading checkpoints that others have published: a config.json and named tensors, whatever they are called."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from ..hub.downloads import fetch_file
+from .checkpoint_files import (
+    INDEX,
+    DamagedFileError,
+    check_digest,
+    fetch_shard,
+    read_object,
+    refuse_adapter,
+    shard_names,
+)
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_tensors(source: str, check_names: Callable[[Set[str]], None] | None = None, **hub: Any) -> dict[str, Any]:
+    """The checkpoint's entries, in memory; a pickle is read with `weights_only=True`, so that it can't run code.
+
+    Args:
+        source (`str`): A folder or a Hub id.
+        check_names (`Callable`, *optional*): Is shown the names of all entries, of safetensors before any of them is read.
+        **hub: Any of `HUB_ARGUMENTS`.
+
+    Raises:
+        OSError: There are none, or they could not be fetched.
+        ValueError: A file is damaged or holds something else.
+    """
+    entries: dict[str, Any] = {}
+    files = _find_files(source, **hub)
+    for file in files:
+        check_digest(source, file)
+    is_lazy = all(file.name.endswith(".safetensors") for file in files)
+    if check_names is not None and is_lazy:
+        check_names({name for file in files for name in _opened(source, file, _names_in)})
+    for file in files:
+        entries.update(_opened(source, file, load_file if is_lazy else _unpickle))
+    if check_names is not None and not is_lazy:
+        check_names(entries.keys())
+    return entries
+
+
+def _find_files(source: str, **hub: Any) -> list[Path]:
+    for name in WEIGHTS:
+        file = fetch_file(source, name, **hub)
+        if file is not None:
+            return [file]
+    index = fetch_file(source, INDEX, **hub)
+    if index is None:
+        raise OSError(f"`source` ({source!r}) has none of {', '.join(WEIGHTS)}.")
+    return [fetch_shard(source, name, **hub) for name in shard_names(source, index)]
+
+
+def _opened(source: str, file: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
+    """What `read` makes of a file, with every refusal one line that names it."""
+    try:
+        entries = read(file)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedFileError(
+            f"{file.name} of {source!r} can't be read as plain tensors: {error}. If it is a download, fetch it again; a pickle "
+            "that holds anything but tensors is not loaded."
+        ) from error
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{file.name} of {source!r} holds a {type(entries).__name__} instead of named tensors.")
+    return dict(entries)
+
+
+def _names_in(file: Path) -> dict[str, None]:
+    with safe_open(file, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys())
+
+
+def _unpickle(file: Path) -> Any:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > 2 * file.stat().st_size:
+            raise zipfile.BadZipFile(f"it unpacks to {size:,} bytes, although torch does not compress")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def read_published_config(source: str, **hub: Any) -> dict[str, Any]:
+    """The fields of its config.json.
+
+    Raises:
+        OSError: There is none, or it could not be fetched.
+        ValueError: It is damaged, or there is an adapter instead.
+    """
+    file = fetch_file(source, "config.json", **hub)
+    refuse_adapter(source, fetch_file(source, "adapter_config.json", is_optional=True, **hub))
+    if file is None:
+        raise OSError(f"{source!r} has no config.json: this is no saved drafter. Check the path.")
+    return read_object(source, file)

@@ -1,0 +1,29 @@
+"""A compiled target, which takes no hooks, hands an EAGLE drafter the same features."""
+
+from __future__ import annotations
+
+import torch
+from eagle_reference import LAYOUTS
+from families import family
+from lossless import assert_same_tokens, generate
+from test_eagle import WIDE, Watch
+from transformers import CompileConfig
+
+import dream_hf
+
+KEEPS_DOUBLE = False  # compiled code cannot look at callers
+
+
+def test_a_compiled_target_hands_over_the_same_features(tmp_path):
+    target = family("llama").make_target(dtype=torch.float32)
+    folder = next(layout for layout in LAYOUTS if layout.name == "eagle3").publish(tmp_path)
+    watches = [Watch(dream_hf.load_drafter(folder, target).with_settings(**WIDE)) for _ in range(2)]
+    inputs = family("llama").make_inputs(target)
+    compilation = CompileConfig(backend="eager", mode=None)
+    plain, compiled = (
+        generate(target, inputs, max_new_tokens=8, assistant_model=watch, **more)
+        for watch, more in zip(watches, ({}, {"compile_config": compilation}), strict=True)
+    )
+    assert_same_tokens(plain, compiled)
+    for (_, ours), (_, theirs) in zip(watches[0].trees, watches[1].trees, strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens)
