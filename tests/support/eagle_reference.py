@@ -56,6 +56,7 @@ class Layout:
     fc_norm: bool = False
     feedback_normed: bool = False
     final_norm: bool = True
+    input_norm: bool = False
     own_embedding: bool = False
     planes: tuple[int, ...] | None = None
     as_pickle: bool = False
@@ -88,13 +89,17 @@ class Layout:
             shapes |= {f"{name}.self_attn.o_proj.weight": (hidden, heads)}
             shapes |= {f"{name}.mlp.{part}_proj.weight": (INTERMEDIATE, hidden) for part in ("gate", "up")}
             shapes |= {f"{name}.mlp.down_proj.weight": (hidden, INTERMEDIATE)}
-            norms = ["post_attention_layernorm"] + (["input_layernorm"] if self.generation == 3 else [])
+            norms = ["post_attention_layernorm"] + (
+                ["input_layernorm"] if self.generation == 3 or self.input_norm else []
+            )
             norms += ["hidden_norm"] if self.generation == 3 and index == 0 else []
             shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in norms}
             if self.qk_norm:
                 shapes |= {f"{name}.self_attn.{part}_norm.weight": (self.head_dim,) for part in "qk"}
         if self.generation == 3:
             shapes |= {"norm.weight": (hidden,), "lm_head.weight": (self.num_drafted or VOCAB, hidden)}
+        elif self.final_norm:
+            shapes["norm.weight"] = (hidden,)
         if self.norm_before_fc:
             shapes["input_norm.weight"] = (num_read,)
         if self.fc_norm:
@@ -195,8 +200,12 @@ def _run(layout: Layout, weights: dict[str, Tensor], embeds: Tensor, states: Ten
     for index in range(layout.num_layers):
         name = f"layers.{index}"
         read = hidden
-        if layout.generation == 3:
-            read = _norm(embeds if index == 0 else hidden, weights[f"{name}.input_layernorm.weight"], layout.eps)
+        if layout.generation == 3 or layout.input_norm:
+            read = _norm(
+                embeds if index == 0 and layout.generation == 3 else hidden,
+                weights[f"{name}.input_layernorm.weight"],
+                layout.eps,
+            )
         if layout.generation == 3 and index == 0:
             normed = _norm(hidden, weights[f"{name}.hidden_norm.weight"], layout.eps)
             read = torch.cat([read, normed], dim=-1)
@@ -266,6 +275,7 @@ LAYOUTS = [
            as_pickle=True),
     Layout("eagle2-qwen", {"bias": False, "rope_theta": 300.0}, (3,), first="layers.0", generation=1, theta=300.0,
            biases=("q_proj", "k_proj", "v_proj"), final_norm=False),
+    Layout("nemo-eagle1", {}, (3,), prefix="model.", first="layers.0", generation=1, input_norm=True, feedback_normed=True),
     Layout("eagle3", SPECFORGE, eps=1e-5),
     Layout("eagle3-pickle-all-tokens", {**SPECFORGE, "num_hidden_layers": 8, "head_dim": 99}, num_drafted=None, kv_heads=1,
            as_pickle=True),
