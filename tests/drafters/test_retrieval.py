@@ -86,7 +86,7 @@ def test_probabilities_are_a_mixture():
     sources = [Source(index, 2.0), Source(other)]
     for end in range(2, 60):
         matches = [index.matched(text[:end]), other.matched(text[:end])]
-        for likeliest in ((), ((3, 0.4), (0, 0.3), (50, 0.3))):
+        for likeliest in ((), ((3, 0.4), (0, 0.3), (50, 0.2))):
             shares = Mixture().probabilities(sources, matches, likeliest)
             assert all(share > 0 for share in shares.values()) and sum(shares.values()) <= 1 + 1e-9
     long = NgramIndex(6)

@@ -88,7 +88,7 @@ def _add_likeliest(probabilities: dict[int, float], likeliest: Sequence[tuple[in
     for token, share in likeliest:
         probabilities[token] = probabilities.get(token, 0.0) + rest * share
         left -= share
-    return rest * left
+    return rest * max(left, 0.0)
 
 
 def _sightings(
