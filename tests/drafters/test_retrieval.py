@@ -86,7 +86,7 @@ def test_probabilities_are_a_mixture():
     sources = [Source(index, 2.0), Source(other)]
     for end in range(2, 60):
         matches = [index.matched(text[:end]), other.matched(text[:end])]
-        for likeliest in ((), (3, 0, 50)):
+        for likeliest in ((), ((3, 0.4), (0, 0.3), (50, 0.2))):
             shares = Mixture().probabilities(sources, matches, likeliest)
             assert all(share > 0 for share in shares.values()) and sum(shares.values()) <= 1 + 1e-9
     long = NgramIndex(6)
@@ -170,7 +170,11 @@ def test_likeliest_tokens_of_the_first_node_count():
     likeliest = LikeliestTokens()
     likeliest.note(Verified(tree.tokens, [1], tree=tree, likeliest=rows))
     likeliest.note(Verified(tree.tokens, [1]))
-    assert [likeliest.after(token) for token in (5, 6, 7)] == [[0, 1], [2, 3], ()]
+    found = {token: [each for each, _ in likeliest.after(token)] for token in (5, 6, 7)}
+    assert found == {5: [0, 1], 6: [2, 3], 7: []}
+    before = [share for _, share in likeliest.after(6)]
+    likeliest.judge([6, 3, 5, 1, 6, 3, 9])  # the second choice was right three times, the first never
+    assert [share for _, share in likeliest.after(6)] == [before[0] * 20 / 23, (before[1] * 20 + 3) / 23]
     text = GrowingText(Mixture(), Limits(100), likeliest=likeliest)
     text.read_prompt([6])
     nodes = text.draft(EVERYTHING, 3)

@@ -13,7 +13,7 @@ from ...decoding.settings import DraftSettings
 from ...decoding.tree import DraftTree
 from ...runtime.phases import GROWTH, phase
 from .best_first import Nodes
-from .likeliest import LikeliestTokens
+from .likeliest import RANKS, LikeliestTokens
 from .mixture import Mixture
 from .store import RetrievalStore
 from .text import UNKNOWN, GrowingText, Limits
@@ -53,7 +53,7 @@ class RetrievalDrafter(Drafter):
         settings: DraftSettings | None = None,
     ):
         self.mixture = Mixture()
-        most = len(self.mixture.ranks)
+        most = len(RANKS)
         if not 0 <= num_likeliest <= most:
             raise ValueError(f"`num_likeliest` ({num_likeliest}) must lie between 0 and {most}.")
         if max_text < 64:

@@ -35,12 +35,10 @@ class Mixture:
         escapes (`tuple[float, ...]`): For contexts of 0, 1, ... tokens: the sightings that weigh as much as all that was never
             seen.
         distinct (`float`): What each different token that was seen adds to that.
-        ranks (`tuple[float, ...]`): Shares of the target's likeliest tokens, best first.
     """
 
     escapes: tuple[float, ...] = (8.0, 6.0, 4.0, 2.0, 1.4, 1.0, 0.4)
     distinct: float = 1.0
-    ranks: tuple[float, ...] = (0.4, 0.13, 0.07, 0.05, 0.03, 0.025, 0.02, 0.015)
 
     @property
     def longest(self) -> int:
@@ -51,7 +49,7 @@ class Mixture:
         self,
         sources: Sequence[Source],
         matches: Sequence[Match],
-        likeliest: Sequence[int] = (),
+        likeliest: Sequence[tuple[int, float]] = (),
         min_share: float = 0.0,
     ) -> dict[int, float]:
         """The probability of each token that anything suggests.
@@ -59,14 +57,14 @@ class Mixture:
         Args:
             sources (`Sequence[Source]`): Where to look.
             matches (`Sequence[Match]`): What was matched in each source.
-            likeliest (`Sequence[int]`): The target's likeliest tokens after the same last token, best first.
+            likeliest (`Sequence[tuple[int, float]]`): The target's choices after the same last token, with probabilities.
             min_share (`float`): Probability below which a token is of no use; what cannot reach it is not looked at closely.
         """
         probabilities: dict[int, float] = {}
         rest, negligible, floor = 1.0, max(NEGLIGIBLE, PART * min_share), FLOOR * min_share
         for length in range(max(map(len, matches)) - 1, -1, -1):
             if length == 0 and likeliest:  # they are the better guess
-                rest = self._add_likeliest(probabilities, likeliest, rest)
+                rest = _add_likeliest(probabilities, likeliest, rest)
             found, seen, num_different = _sightings(sources, matches, length)
             if not seen:
                 continue
@@ -83,11 +81,14 @@ class Mixture:
                 break
         return probabilities
 
-    def _add_likeliest(self, probabilities: dict[int, float], likeliest: Sequence[int], rest: float) -> float:
-        """Give the target's likeliest tokens their shares of `rest`; returns what is left."""
-        for token, share in zip(likeliest, self.ranks, strict=False):
-            probabilities[token] = probabilities.get(token, 0.0) + rest * share
-        return rest * (1.0 - sum(self.ranks[: len(likeliest)]))
+
+def _add_likeliest(probabilities: dict[int, float], likeliest: Sequence[tuple[int, float]], rest: float) -> float:
+    """Give the target's likeliest tokens their shares of `rest`; returns what is left."""
+    left = 1.0
+    for token, share in likeliest:
+        probabilities[token] = probabilities.get(token, 0.0) + rest * share
+        left -= share
+    return rest * max(left, 0.0)
 
 
 def _sightings(

@@ -67,6 +67,7 @@ class GrowingText:
 
     def read(self, tokens: Sequence[int]) -> None:
         """Take in what the target has written."""
+        self.likeliest.judge([*self.last[-1:], *tokens])
         self.index.extend(tokens)
         self._note_last(tokens)
         self.answer.extend(tokens)
