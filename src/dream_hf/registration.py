@@ -91,7 +91,8 @@ def _checking(validate_generation_mode: Callable) -> Callable:
         if drafter is not None:
             from .decoding.requests import check_request
 
-            check_request(self, drafter, generation_config)
+            # What comes of it goes on to `_assisted_decoding`, which need not check again.
+            generation_mode_kwargs["assistant_model"] = check_request(self, drafter, generation_config)
             # What follows asks an assistant for a config that drafters need not have.
             generation_mode_kwargs = {**generation_mode_kwargs, "assistant_model": None}
         return validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)

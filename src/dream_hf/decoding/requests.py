@@ -34,6 +34,8 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
         TypeError: `drafter` is no [`Drafter`].
         ValueError: Any other reason; the message names the argument, its value and the remedy.
     """
+    if isinstance(drafter, CheckedDrafter) and drafter.target is model:
+        return drafter
     drafter = drafter if drafter is None else unwrap(drafter)
     if not isinstance(drafter, Drafter):
         raise TypeError(
@@ -47,7 +49,15 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
     _check_strategy(generation_config)
     settings = drafter.settings
     drafter.check(unwrap(model), settings)
-    return DrafterWithSettings(drafter, settings)
+    return CheckedDrafter(drafter, settings, model)
+
+
+class CheckedDrafter(DrafterWithSettings):
+    """A drafter that has been checked with the settings and the target of one call."""
+
+    def __init__(self, drafter: Drafter, settings: DraftSettings, target: PreTrainedModel):
+        super().__init__(drafter, settings)
+        self.target = target
 
 
 def check_target(model: PreTrainedModel) -> None:

@@ -72,7 +72,7 @@ def _merged(is_here: torch.Tensor, new: Any, old: Any) -> Any:
 
 
 def _rope_types(module: Any) -> list[str]:
-    types = getattr(module, "rope_type", None)
+    types = vars(module).get("rope_type")  # quicker than asking a module for what it may lack
     types = types.values() if isinstance(types, dict) else [types]  # by layer type, or one for all
     return [kind for kind in types if isinstance(kind, str)]
 

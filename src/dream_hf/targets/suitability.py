@@ -146,9 +146,8 @@ def _compiled(model: PreTrainedModel) -> str | None:
     target: Any = unwrap(model)
     decoder = text_decoder(target)
     for path, module in target.named_modules():
-        if module is not decoder and not (
-            is_length_dependent(module) or getattr(module, "attn_temperature_tuning", False)
-        ):
+        is_hooked = module is decoder or vars(module).get("attn_temperature_tuning") or is_length_dependent(module)
+        if not is_hooked:
             continue
         names = path.split(".") if path else []
         outer = [".".join(names[:depth]) for depth in range(len(names) + 1)]

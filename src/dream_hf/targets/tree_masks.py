@@ -144,7 +144,8 @@ def text_attentions(decoder: nn.Module) -> list[nn.Module]:
 
 def layer_index(module: Any) -> int | None:
     """The cache layer that a module (an attention, or the layer around it) writes to."""
-    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+    own = vars(module)
+    index = own.get("layer_idx", own.get("layer_id"))
     return index if isinstance(index, int) else None
 
 
