@@ -331,7 +331,7 @@ def test_another_name_is_a_warning_only(target, monkeypatch):
     drafter.config.target = drafter.config.target | {"name": "org/the-target-it-was-trained-for"}
     monkeypatch.setattr(target.config, "_name_or_path", "org/a-finetuned-target")
     warnings = Warnings()
-    logger = hf_logging.get_logger("dream_hf.drafters.dream.checks")
+    logger = hf_logging.get_logger("dream_hf.drafters.fit")
     logger.addHandler(warnings)
     try:
         generate(target, drafter)
