@@ -13,7 +13,13 @@ import pytest
 import torch
 from families import family
 from lossless import CHAIN, SMALL_TREE, generate, oracle, stop_tokens, untrained
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+)
 from transformers.generation import logits_process, stopping_criteria
 
 NUM_NEW = 28
@@ -82,8 +88,13 @@ def drafter_for(target, inputs, draft: str, **settings):
     return oracle(target, inputs, known.sequences, **shape)[0]
 
 
-CHANGES_TEXT = ("repetition_penalty", "sequence_bias", "guidance_scale", "watermarking_config", "suppress_tokens")
+CHANGES_TEXT = (
+    "repetition_penalty", "sequence_bias", "guidance_scale", "watermarking_config", "suppress_tokens", "no_repeat_ngram_size",
+    "bad_words_ids", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "begin_suppress_tokens",
+)  # fmt: skip
 BIAS = [[[token, other], 4.0] for token in range(3, 60) for other in (5, 9)]
+CUTOFFS = {"epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4}
+SYNTH_ID = SynthIDTextWatermarkingConfig(keys=[3, 5, 7, 11], ngram_len=3)
 SETTINGS: dict[str, dict[str, Any]] = {
     "end tokens": {},
     "sampling": {"do_sample": True, "top_k": 0},
@@ -94,6 +105,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "repetition penalty": {"repetition_penalty": 1.3},
     "sequence bias": {"sequence_bias": BIAS},
     "forced end": {"forced_eos_token_id": 2, "max_new_tokens": 20},
+    "decay": {"exponential_decay_length_penalty": (4, 1.2)},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "bad words": {"bad_words_ids": [[5], [9, 11], [20, 21]]},
+    "prompt penalty": {"encoder_repetition_penalty": 1.3},
+    "prompt n-grams": {"encoder_no_repeat_ngram_size": 2},
+    "suppressed at the start": {"begin_suppress_tokens": [7, 8], "suppress_tokens": [5]},
+    "top h": {"do_sample": True, "top_k": 0, "top_h": 0.5},
+    "all warpers": {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "typical_p": 0.9,
+        "epsilon_cutoff": 3e-4,
+        "eta_cutoff": 3e-4,
+    },
+    "SynthID": {
+        "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5, 7, 11], ngram_len=3),
+        "do_sample": True,
+        "max_new_tokens": 12,
+    },
     "watermark": {"watermarking_config": {"bias": 2.0, "seeding_scheme": "lefthash"}, "max_new_tokens": 12},
     "guidance": {"guidance_scale": 1.5},
     "scores": {"output_scores": True, "suppress_tokens": [5, 6]},
