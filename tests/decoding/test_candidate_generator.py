@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import dream_hf
 from dream_hf import DreamDrafter
 from dream_hf.decoding.assisted import DreamCandidateGenerator, dream_chain_generate
-from dream_hf.drafters.dream import session
+from dream_hf.drafters import lazy_session
 from dream_hf.drafters.dream.state import DrafterState
 
 NUM_NEW = 24
@@ -72,9 +72,9 @@ def test_it_drafts_what_our_own_loop_drafts(name, monkeypatch):
             seen.append((levels.state.root_features, levels.state.root_positions, tree.tokens[:, :2]))
             return tree
 
-        grow_tree = session.grow_tree
+        grow_tree = lazy_session.grow_tree
         with monkeypatch.context() as patch:
-            patch.setattr(session, "grow_tree", spy)
+            patch.setattr(lazy_session, "grow_tree", spy)
             target.generate(**inputs, max_new_tokens=8, do_sample=False, drafter=drafter, custom_generate=generate)
         return seen
 

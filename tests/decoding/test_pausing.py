@@ -31,8 +31,8 @@ from dream_hf.decoding import draft_schedule as pausing
 from dream_hf.decoding import loop as generation
 from dream_hf.decoding.draft_schedule import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, DraftSchedule
 from dream_hf.decoding.tree import DraftTree
+from dream_hf.drafters import lazy_session
 from dream_hf.drafters.dream import configuration as configuration_dream
-from dream_hf.drafters.dream import session
 from dream_hf.drafters.dream.state import DrafterState, DreamLevels
 from dream_hf.drafters.pending import PendingTokens
 
@@ -213,7 +213,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, sequences: torch.Tensor, mask: torch.
                 tokens[row, 1 + len(true)] = (sequences[row, at + 1 + len(true)] + 1) % 90
         return DraftTree.chain(tokens)
 
-    monkeypatch.setattr(session, "grow_tree", grow)
+    monkeypatch.setattr(lazy_session, "grow_tree", grow)
 
 
 def last_state(monkeypatch: pytest.MonkeyPatch, target: Target, inputs: Inputs, **settings: Any):

@@ -270,7 +270,7 @@ def test_chains_in_transformers_own_loop_draft_from_it_too(monkeypatch):
         trees.append(growth.grow_tree(*args))
         return trees[-1]
 
-    monkeypatch.setattr("dream_hf.drafters.dream.session.grow_tree", keeping)
+    monkeypatch.setattr("dream_hf.drafters.lazy_session.grow_tree", keeping)
     expected = generate(target, inputs, max_new_tokens=12).sequences
     settings = {"custom_generate": dream_chain_generate, "drafter": drafter, "max_new_tokens": 12, "do_sample": False}
     assert torch.equal(target.generate(**inputs, **settings), expected)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-from ...decoding.drafter import DraftSession, Prefill, Verified
+from ...decoding.drafter import Prefill
 from ...decoding.settings import DraftSettings
-from ...decoding.tree import DraftTree
-from ..growth import grow_tree
+from ..lazy_session import LazySession
 from ..levels import TargetHead
 from ..pending import PendingTokens
 from .compression import compress_text
@@ -16,8 +13,8 @@ from .reading import Reading
 from .state import DrafterState, DreamLevels
 
 
-class DreamSession(DraftSession):
-    """Reads lazily: what steps have gained piles up, and is read in one forward before the next tree.
+class DreamSession(LazySession):
+    """Reads lazily, see [`LazySession`].
 
     Args:
         drafter (`DreamModel`): The drafter; not changed.
@@ -33,21 +30,9 @@ class DreamSession(DraftSession):
         self.state, self.pending = self._start_state(prefill)
         self._read_prompt(prefill)
 
-    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
-        roots = root_tokens.to(self.drafter.device)
-        return grow_tree(self.levels(), roots, self.settings, self.head.ends, max_depth)
-
     def levels(self) -> DreamLevels:
-        """The levels below the last tokens; what was gained is read first."""
         self._catch_up()
         return DreamLevels(self.state, self.head)
-
-    def read(self, verified: Verified) -> None:
-        assert verified.features is not None  # the drafter needs them
-        self.pending.add(verified.tokens, verified.features, verified.counts)
-
-    def suspend(self) -> DreamSession:
-        return self
 
     def _start_state(self, prefill: Prefill) -> tuple[DrafterState, PendingTokens]:
         """An empty state, or that of an earlier turn brought up to date."""
@@ -80,12 +65,6 @@ class DreamSession(DraftSession):
             self.state.limit(prefill.longest_text + self.settings.tree_depth * self.settings.tree_top_k + 1)
         end = prefill.real.sum(-1, keepdim=True).to(device)
         self.state.read_prompt(text, self.head.embed(prefill.first_tokens), end, features[:, :num_read])
-
-    def _catch_up(self) -> None:
-        """Read what was gained since the last draft."""
-        if self.pending:
-            tokens, features, counts = self.pending.take()
-            self.state.read_on(self.head.embed(tokens), features, counts)
 
 
 def borrow_head(drafter: DreamModel, prefill: Prefill) -> TargetHead:

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...decoding.drafter import DraftSession, Prefill, Verified
+from ...decoding.drafter import Prefill
 from ...decoding.settings import DraftSettings
-from ...decoding.tree import DraftTree
 from ...runtime.alignment import left_aligned
-from ..growth import grow_tree
+from ..lazy_session import LazySession
 from ..levels import TargetHead
 from ..pending import PendingTokens
 from .modeling import EagleModel
 from .state import EagleLevels, EagleState
 
 
-class EagleSession(DraftSession):
-    """Reads lazily: what steps have gained piles up, and is read in one forward before the next tree.
+class EagleSession(LazySession):
+    """Reads lazily, see [`LazySession`].
 
     Args:
         drafter (`EagleModel`): The drafter; not changed.
@@ -34,21 +33,9 @@ class EagleSession(DraftSession):
         self.state, self.pending = self._start_state(prefill)
         self._read_prompt(prefill)
 
-    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
-        roots = root_tokens.to(self.drafter.device)
-        return grow_tree(self.levels(), roots, self.settings, self.head.ends, max_depth)
-
     def levels(self) -> EagleLevels:
-        """The levels below the last tokens; what was gained is read first."""
         self._catch_up()
         return EagleLevels(self.state, self.head)
-
-    def read(self, verified: Verified) -> None:
-        assert verified.features is not None  # the drafter needs them
-        self.pending.add(verified.tokens, verified.features, verified.counts)
-
-    def suspend(self) -> EagleSession:
-        return self
 
     def _start_state(self, prefill: Prefill) -> tuple[EagleState, PendingTokens]:
         """An empty state, or that of an earlier turn brought up to date."""
@@ -85,12 +72,6 @@ class EagleSession(DraftSession):
         features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
         embeds = self.head.embed(tokens[:, -num_new:].gather(1, behind.clamp(min=0)))
         self.state.read(embeds, features, positions, counts.tolist())
-
-    def _catch_up(self) -> None:
-        """Read what was gained since the last draft."""
-        if self.pending:
-            tokens, features, counts = self.pending.take()
-            self.state.read_on(self.head.embed(tokens), features, counts)
 
 
 def head_for(drafter: EagleModel, prefill: Prefill) -> TargetHead:
