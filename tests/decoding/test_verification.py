@@ -93,25 +93,25 @@ CHOICES = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 8], [4, 6, 7, 8]])
 
 def test_rows_walk_in_step_and_resting_rows_do_not_walk():
     processor = Choices()
-    assert walked(CHAINS, CHOICES, is_resting=[2], processor=processor).counts == [4, 3, 0]
+    assert walked(CHAINS, CHOICES, is_resting=[2], processor=processor).counts.numbers == [4, 3, 0]
     assert processor.shown == [(2, 1), (2, 2), (2, 3), (1, 4)]  # only rows that are asked about
     processor = Choices()
-    assert walked(CHAINS, CHOICES, is_resting=[2], in_step=True, processor=processor).counts == [3, 3, 0]
+    assert walked(CHAINS, CHOICES, is_resting=[2], in_step=True, processor=processor).counts.numbers == [3, 3, 0]
     assert processor.shown == [(3, 1), (3, 2), (3, 3)]
 
 
 def test_rows_of_one_length_are_asked_about_together():
     processor = Choices()
-    assert walked(CHAINS, CHOICES, processor=processor, starts=[0, 2, 3]).counts == [4, 3, 1]
+    assert walked(CHAINS, CHOICES, processor=processor, starts=[0, 2, 3]).counts.numbers == [4, 3, 1]
     assert processor.shown == [(1, 1), (1, 2), (2, 3), (3, 4), (1, 5)]
 
 
 def test_a_row_that_ends_stops_and_does_not_stop_others():
     for in_step in (False, True):
         verdict = walked(CHAINS, CHOICES, is_resting=[1, 2], in_step=in_step, ends=[6])
-        assert verdict.counts == [2, 0, 0] and verdict.tokens[0].tolist() == [5, 6]
+        assert verdict.counts.numbers == [2, 0, 0] and verdict.tokens[0].tolist() == [5, 6]
     choices = torch.tensor([[5, 6, 7, 8], [3, 6, 7, 8], [5, 6, 7, 8]])
-    assert walked(CHAINS, choices, in_step=True, ends=[3]).counts == [4, 1, 4]
+    assert walked(CHAINS, choices, in_step=True, ends=[3]).counts.numbers == [4, 1, 4]
 
 
 def test_of_siblings_with_one_token_the_first_is_followed():

@@ -25,7 +25,8 @@ from dream_hf.drafters import masked_attention
 from dream_hf.drafters.levels import Beams
 from dream_hf.runtime import compilation as compiling
 from dream_hf.runtime.compilation import Settings, compiled_function
-from dream_hf.runtime.kv_cache import BUCKET, SlotLayer, slot_layers
+from dream_hf.runtime.kv_cache import SlotLayer, capacity_for, slot_layers
+from dream_hf.runtime.leases import Lease
 from dream_hf.runtime.slots import Slots
 
 KEEPS_DOUBLE = False  # and targets in float32, which have no casts to lift
@@ -292,8 +293,8 @@ def some(batch, num_tokens, seed):
 @pytest.mark.parametrize("lengths", [[5], [5, 9, 7]], ids=str)
 def test_fixed_layers_hold_what_growing_ones_hold(lengths):
     batch = len(lengths)
-    slots, static = Slots([0] * batch), Slots([0] * batch, path_size=4)
-    ours, theirs = SlotLayer(static, is_fixed=True), SlotLayer(slots)
+    slots, static = Slots([0] * batch), Slots([0] * batch, path_size=4, lease=Lease(0))
+    ours, theirs = SlotLayer(static), SlotLayer(slots)
     for step, num_new in enumerate((max(lengths), 6, 300, 6)):
         states = some(batch, num_new, step)
         ours.lazy_initialization(states, states) if not ours.is_initialized else None
@@ -309,7 +310,7 @@ def test_fixed_layers_hold_what_growing_ones_hold(lengths):
         slots.commit(counts)
         static.commit(counts)
     ours.move()
-    assert ours.keys.shape[2] % BUCKET == 0
+    assert ours.keys.shape[2] == capacity_for(ours.keys.shape[2])
     for row, length in enumerate(slots.lengths):
         assert torch.equal(ours.keys[row, :, :length], theirs.keys[row, :, :length])
         assert torch.equal(ours.values[row, :, :length], theirs.values[row, :, :length])
@@ -317,8 +318,8 @@ def test_fixed_layers_hold_what_growing_ones_hold(lengths):
 
 def test_tentative_slots_of_levels():
     """A level is written behind the one before, and taking them back starts over."""
-    slots = Slots([3])
-    layer = SlotLayer(slots, is_fixed=True)
+    slots = Slots([3], lease=Lease(0))
+    layer = SlotLayer(slots)
     levels = [some(1, 2, seed) for seed in range(2)]
     layer.lazy_initialization(levels[0], levels[0])
     for states in levels:
@@ -332,8 +333,8 @@ def test_tentative_slots_of_levels():
 
 def test_fixed_layers_leave_inference_mode():
     """Their buffers and where they write, in all layers of the same slots."""
-    slots, states = Slots([0], path_size=3), some(1, 4, 0)
-    layers = [SlotLayer(slots, is_fixed=True) for _ in range(2)]
+    slots, states = Slots([0], path_size=3, lease=Lease(0)), some(1, 4, 0)
+    layers = [SlotLayer(slots, name=str(index)) for index in range(2)]
     with torch.inference_mode():
         for layer in layers:
             layer.update(states, states)
@@ -347,7 +348,7 @@ def test_fixed_layers_leave_inference_mode():
     for layer in layers:
         layer.move()
         assert torch.equal(layer.keys[:, :, :6], torch.cat([states, states[:, :, [0, 2]]], dim=2))
-        assert layer.get_seq_length() == 6 and layer.keys.shape[2] % BUCKET == 0
+        assert layer.get_seq_length() == 6 and layer.keys.shape[2] == capacity_for(6)
 
 
 def test_masks_laid_out_for_accelerators(monkeypatch):
@@ -366,7 +367,7 @@ def test_a_cache_gets_its_layers_back_when_something_fails():
     cache = DynamicCache()
     states = some(1, 5, 0)
     cache.update(states, states, 0)
-    slots = Slots([5], path_size=3)
+    slots = Slots([5], path_size=3, lease=Lease(0))
     before = list(cache.layers)
     with pytest.raises(KeyError), slot_layers(cache, slots, 8):
         assert cache.is_compileable and cache.layers[0].is_fixed

@@ -41,7 +41,7 @@ def accept_greedy(tree: DraftTree, choices: torch.Tensor) -> Acceptance:  # choi
         `Acceptance`
     """
     is_chosen = choices.gather(1, tree.parents) == tree.tokens
-    is_chosen[:, 0] = True
+    is_chosen[:, 0].fill_(True)  # a number that is assigned would be copied to the device
     is_accepted = ~(tree.ancestors & ~is_chosen[:, None]).any(-1)
     last = torch.where(is_accepted, tree.depths, -1).argmax(-1)
     rows = torch.arange(last.shape[0], device=last.device)

@@ -164,6 +164,7 @@ class _Decoding:
         limit = self.stopping.max_length
         self.forward.begin(self.cache, kwargs, None if limit is None else limit - prompt_ids.shape[1])
         first_tokens = self.sampler.pick(scores)
+        self.roots = first_tokens[:, None]
         self._begin_sequences(first_tokens.tolist())
         if not self.is_done or self.is_cache_kept:
             prefill = watch.prefill(
@@ -198,11 +199,12 @@ class _Decoding:
         if max(accepted.counts) > 1:  # the root is where it belongs
             self.forward.keep(accepted.path)
         slots.commit(accepted.counts)
+        self.roots = accepted.last_tokens(self.roots)
         self.session.read(self._verified(tree, accepted, features, logits))
 
     def idle(self) -> None:
         """Run a forward whose result nobody needs, for processes that wait for this one."""
-        self.forward(DraftTree.chain(self._last_tokens()))
+        self.forward(DraftTree.chain(self.roots))
         self.forward.record.clear()
 
     def read_padding(self) -> None:
@@ -222,7 +224,7 @@ class _Decoding:
         """What `generate()` returns."""
         sequences = self.sequences
         if self.is_cache_kept and self.forward.prompt_mask is None and len(set(sequences.lengths)) == 1:
-            remember(self.cache, self.drafter, self.session, self._last_tokens())
+            remember(self.cache, self.drafter, self.session, self.roots)
         ids = sequences.at(max(sequences.lengths)).clone()  # without the room for more
         return self.recorder.result(ids, ids.shape[1] - sequences.prompt_length, self.cache)
 
@@ -243,20 +245,19 @@ class _Decoding:
     @contextmanager
     def verifying(self) -> Iterator[None]:
         """While in the block the target's cache takes trees; after it, it is as plain decoding would have left it."""
-        with self.forward.using(self.cache):
+        with self.forward.using(self.cache, self.is_cache_kept):
             yield
 
     # --- the parts ---
 
     def _draft(self) -> DraftTree:
         """A tree below the last tokens, no deeper than can be of use, of tokens that the target can take."""
-        roots = self._last_tokens()
         if self.schedule.is_paused:
-            return DraftTree.chain(roots)
+            return DraftTree.chain(self.roots)
         limits = [self.drafter.settings.tree_depth, self.schedule.max_depth, self.forward.positions_left()]
         limits.append(self.stopping.levels_left(self.sequences))
         max_depth = min(limit for limit in limits if limit is not None)
-        tree = self.session.draft(roots, max_depth).to(roots.device)
+        tree = self.session.draft(self.roots, max_depth).to(self.roots.device)
         return tree.cut(max_depth).without(self.unusable_ids)
 
     def _verified(
@@ -278,8 +279,3 @@ class _Decoding:
         self.sequences.append(rows, tokens)
         scores = self.recorder.scores if self.recorder.wants_scores else None
         self.stopping.look(self.sequences, rows, tokens, rows, scores)
-
-    def _last_tokens(self) -> torch.Tensor:
-        """The last token of each row, (B, 1)."""
-        lengths = torch.tensor(self.sequences.lengths, device=self.sequences.ids.device)
-        return self.sequences.ids.gather(1, lengths[:, None] - 1)

@@ -15,6 +15,7 @@ import torch
 from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.logits_process import LogitsProcessorList
 
+from ..runtime.counts import Counts
 from .acceptance import accept_greedy, sample
 from .outputs import Recorder
 from .sequences import Sequences
@@ -91,12 +92,17 @@ class Accepted:
     Args:
         path (`torch.LongTensor` of shape `(B, P)`): From the root to the last accepted node; 0 beyond `counts[b]`.
         tokens (`torch.LongTensor` of shape `(B, P)`): The token chosen after each of them.
-        counts (`list[int]`): How many of both are row b's.
+        counts (`Counts`): How many of both are row b's.
     """
 
     path: torch.Tensor
     tokens: torch.Tensor
-    counts: list[int]
+    counts: Counts
+
+    def last_tokens(self, roots: torch.Tensor) -> torch.Tensor:
+        """The last token of each row, (B, 1): that of `roots` (B, 1) where nothing was gained."""
+        counts = self.counts.on(roots.device)[:, None]
+        return torch.cat([roots, self.tokens], dim=1).gather(1, counts)
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,12 @@ def _accept(
     """Follow choices that are known for all nodes and that nobody has to be asked about."""
     acceptance = accept_greedy(tree, choices)
     starts = list(sequences.lengths)
-    counts = [
-        0 if stopping.is_resting(row) else stopping.cut(row, starts[row], tokens)
-        for row, tokens in enumerate(acceptance.tolist())
+    gained = acceptance.tolist()
+    kept = [
+        0 if stopping.is_resting(row) else stopping.cut(row, starts[row], tokens) for row, tokens in enumerate(gained)
     ]
+    is_all = all(count == len(tokens) for count, tokens in zip(kept, gained, strict=True))
+    counts = Counts(kept, acceptance.lengths if is_all else None)
     sequences.extend(acceptance.tokens, counts)
     path, tokens = acceptance.path[:, : max(counts)], acceptance.tokens[:, : max(counts)]
     if recorder.wants_choices:
@@ -244,7 +252,7 @@ class _Walk:
         counts = [len(tokens) for tokens in self.gained]
         padded = [[row + [0] * (max(counts) - len(row)) for row in values] for values in (self.paths, self.gained)]
         path, tokens = torch.tensor(padded, device=self.tree.tokens.device)
-        return Accepted(path, tokens, counts)
+        return Accepted(path, tokens, Counts(counts))
 
 
 @dataclass

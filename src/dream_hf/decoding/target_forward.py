@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache
 from ..compat import CACHE
 from ..runtime.compilation import Settings as CompileSettings
 from ..runtime.compilation import compiled_function, run_model
-from ..runtime.kv_cache import SlotLayer, slot_layers
+from ..runtime.kv_cache import SlotLayer, capacity_for, slot_layers
+from ..runtime.leases import give_back, take_lease
 from ..runtime.phases import CACHE_WORK, TARGET, phase
 from ..runtime.slots import Slots
 from ..targets.target import PER_TOKEN, TOKEN_TYPES, DecoderRecord, Target
@@ -78,8 +79,11 @@ class TargetForward:
             self.last_position = num_positions - 1 - int(self.root_positions.max())
 
     @contextmanager
-    def using(self, cache: Cache) -> Iterator[None]:
-        """Let a prefilled cache take trees while in the block; after it, it is as plain decoding would have left it."""
+    def using(self, cache: Cache, is_kept: bool) -> Iterator[None]:
+        """Let a prefilled cache take trees while in the block; after it, it is as plain decoding would have left it.
+
+        If nobody keeps the cache, there may be nothing of use in it afterwards.
+        """
         with slot_layers(cache, self.slots) as self.layers:
             yield
 
@@ -181,11 +185,15 @@ class CompiledTargetForward(TargetForward):
         return {**model_kwargs, "output_hidden_states": model_kwargs.get("output_hidden_states") or wanted or False}
 
     @contextmanager
-    def using(self, cache: Cache) -> Iterator[None]:
+    def using(self, cache: Cache, is_kept: bool) -> Iterator[None]:
         # The prefill's hooks are gone by now.
-        self.run = compiled_function(self.target.model, run_model, self.compilation)
-        with slot_layers(cache, self.slots, self.tree_size + 1, self.is_dynamic) as self.layers:
+        model, room = self.target.model, self.tree_size + 1
+        self.run = compiled_function(model, run_model, self.compilation)
+        lease = take_lease(model, len(self.slots.lengths), self.slots.path_size, capacity_for(self.slots.end + room))
+        self.slots.lease = lease
+        with slot_layers(cache, self.slots, room, is_kept) as self.layers:
             yield
+        give_back(model, lease)  # not after an error: what runs on an accelerator may be writing to it
 
     @property
     def is_dynamic(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -73,14 +74,12 @@ class _Candidates:
 
     def parent_of_each(self) -> torch.Tensor:
         """Parent of each candidate among all of them, -1 for the root: (B, C)."""
-        starts, above = [0], 0  # where the level above a level starts
-        for tokens in self.tokens[:-1]:
-            starts.append(above)
-            above += tokens.shape[1]
+        sizes = tuple(
+            (tokens.shape[1], parents.shape[1]) for tokens, parents in zip(self.tokens, self.parents, strict=True)
+        )
         parents = torch.cat(self.parents, dim=1)
-        start = [start for start, level in zip(starts, self.parents, strict=True) for _ in range(level.shape[1])]
-        children = self.tokens[0].shape[1]
-        return (parents + torch.tensor(start, device=parents.device))[..., None].expand(-1, -1, children).flatten(1)
+        parents = parents + _starts_above(sizes, parents.device)
+        return parents[..., None].expand(-1, -1, self.tokens[0].shape[1]).flatten(1)
 
 
 def grow_tree(
@@ -163,6 +162,16 @@ def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.T
     return torch.tensor([LEVEL_PRICE * level for level, size in enumerate(level_sizes) for _ in range(size)]).to(
         device
     )
+
+
+@lru_cache(maxsize=64)
+def _starts_above(sizes: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """Where the level above that of each expanded node starts among all candidates, by levels of (candidates, parents)."""
+    starts, above = [0] * sizes[0][1], 0
+    for (num_above, _), (_, num_parents) in pairwise(sizes):
+        starts += [above] * num_parents
+        above += num_above
+    return torch.tensor(starts).to(device)
 
 
 def _promising(level: Level, settings: DraftSettings, end_ids: frozenset[int]) -> list[int]:

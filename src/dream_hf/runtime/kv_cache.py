@@ -1,8 +1,9 @@
 """Key/value caches that draft trees can be written into and taken back from; see `slots` for who writes where.
 
 Keeping a path moves a few tentative slots; taking the rest back is changing a number. Buffers grow when they are full and
-show what is filled; or, for compiled code, which relies on shapes, they are fixed: they have room for what is to come, all of
-which is shown to the attention, whose mask cuts, and keeping a path waits for the next forward and happens inside it.
+show what is filled; or, for compiled code, which relies on shapes, they are fixed and lie in a lease: they have room for what
+is to come, all of which is shown to the attention, whose mask cuts, and keeping a path waits for the next forward and happens
+inside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .slots import Pointers, Slots
 
 SPARE_SLOTS = 64  # that buffers grow by at least
 FIXED_SPARE_SLOTS = 256  # the same for fixed ones
-BUCKET = 256  # capacities of fixed buffers are multiples of it, so that few shapes occur
+BUCKET = 256  # the smallest capacity of fixed buffers; there are two to every doubling, so that few shapes occur
 # Layers a tree can be taken back from. Layers that only read other layers' keys have had a type since transformers 5.23.
 SUPPORTED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
@@ -32,26 +33,24 @@ class SlotLayer(DynamicLayer):
     dropped when the buffer is full, so that it stays within a small multiple of the window. Fixed buffers leave out what lies
     outside the window when the layer is made; from then on no slot is dropped.
 
+    Buffers are fixed where the slots have a lease. `update` can be compiled then: it reads tensors only, and returns whole
+    buffers, which [`SlotLayer.reserve`] made large enough.
+
     Args:
         slots (`Slots`): Where rows stand.
         sliding_window (`int`, *optional*): Tokens a query sees.
-        is_fixed (`bool`): Whether `update` can be compiled: it reads tensors only, and returns whole buffers, which
-            [`SlotLayer.reserve`] made large enough.
-        is_dynamic (`bool`): Let code that is compiled for fixed buffers serve any other capacity, too.
+        name (`str`): What tells the layer from others of the same lease.
     """
 
     keys: torch.Tensor  # type: ignore[assignment]
     values: torch.Tensor  # type: ignore[assignment]
     pointers: Pointers  # of fixed buffers
 
-    def __init__(
-        self, slots: Slots, sliding_window: int | None = None, is_fixed: bool = False, is_dynamic: bool = False
-    ):
+    def __init__(self, slots: Slots, sliding_window: int | None = None, name: str = "layer"):
         super().__init__()
-        self.slots, self.sliding_window = slots, sliding_window
+        self.slots, self.sliding_window, self.name = slots, sliding_window, name
         self.is_sliding = sliding_window is not None
-        self.is_fixed, self.is_dynamic = is_fixed, is_dynamic
-        self.is_compileable = is_fixed
+        self.is_fixed = self.is_compileable = slots.lease is not None
         self.dropped = 0  # slots before the first one in the buffers
         self.first: torch.Tensor | None = None  # the same for compiled code, where it is not 0
 
@@ -66,8 +65,11 @@ class SlotLayer(DynamicLayer):
         self.is_initialized = True
         if self.is_fixed:
             self.pointers = self.slots.pointers(self.device)
-            self.first = torch.tensor(dropped, device=self.device) if self.is_sliding else None
-            self.reserve(num_new)
+            if self.is_sliding:
+                assert self.slots.lease is not None  # it is fixed
+                self.first = self.slots.lease.buffer(f"{self.name}.first", self.pointers.end, ())
+                self.first.fill_(dropped)
+            self._grow(self.slots.end + num_new - dropped)
 
     def reserve(self, num_new: int) -> None:
         """Make room for `num_new` slots, dropping what has left the window and growing the buffers if need be."""
@@ -117,9 +119,11 @@ class SlotLayer(DynamicLayer):
     def leave_inference_mode(self) -> None:
         """Let buffers made in `torch.inference_mode()` be written outside it, by copying them."""
         if self.is_initialized and self.keys.is_inference():
-            self.keys, self.values = (self._buffer(states, states.shape[2]) for states in (self.keys, self.values))
             if self.is_fixed:
                 self.pointers = self.slots.pointers(self.device)
+                self._move_to_fixed(self.keys.shape[2])
+            else:
+                self.keys, self.values = self.keys.clone(), self.values.clone()
 
     @property
     def first_visible(self) -> int:
@@ -161,42 +165,60 @@ class SlotLayer(DynamicLayer):
         if self.slots.limit is not None:
             capacity = max(needed, min(capacity, self.slots.limit - self.dropped - passed))
         if self.is_fixed:
-            capacity = -(-capacity // BUCKET) * BUCKET
-        self.keys = self._buffer(self.keys[:, :, passed:], capacity)
-        self.values = self._buffer(self.values[:, :, passed:], capacity)
+            return self._move_to_fixed(capacity_for(capacity))
+        self.keys, self.values = (_enlarged(states[:, :, passed:], capacity) for states in (self.keys, self.values))
         self.dropped += passed
 
-    def _buffer(self, states: torch.Tensor, capacity: int) -> torch.Tensor:
-        """`states` (B, heads, K, head_dim) at the start of a new buffer, what is yet to be moved among them."""
-        buffer = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
-        buffer[:, :, : states.shape[2]] = states
-        if self.is_fixed and self.is_dynamic:
-            torch._dynamo.maybe_mark_dynamic(buffer, 2)
-        elif (
-            self.is_fixed and buffer.device.type != "cpu"
-        ):  # a graph of device calls writes to addresses, not to tensors
-            torch._dynamo.mark_static_address(buffer, guard=False)
-        return buffer
+    def _move_to_fixed(self, capacity: int) -> None:
+        """Move to buffers of the lease with at least `capacity` slots, what is yet to be moved among them."""
+        lease = self.slots.lease
+        assert lease is not None  # it is fixed
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            shape = (*states.shape[:2], capacity, states.shape[3])
+            buffer = lease.buffer(f"{self.name}.{name}", states, shape, dim=2)
+            buffer[:, :, : states.shape[2]] = states
+            _mark_fixed(buffer)
+            setattr(self, name, buffer)
+
+
+def capacity_for(num_slots: int) -> int:
+    """The capacity of fixed buffers with room for as many slots: one and a half times a power of two, or the next one."""
+    capacity = BUCKET
+    while capacity < num_slots:
+        capacity = capacity * 4 // 3 if capacity % 3 == 0 else capacity * 3 // 2
+    return capacity
+
+
+def _enlarged(states: torch.Tensor, capacity: int) -> torch.Tensor:
+    """`states` (B, heads, K, head_dim) at the start of a new buffer."""
+    buffer = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
+    buffer[:, :, : states.shape[2]] = states
+    return buffer
+
+
+def _mark_fixed(buffer: torch.Tensor) -> None:
+    """Let code that is compiled for a buffer serve any other capacity on a CPU, and rely on its address elsewhere."""
+    if buffer.device.type == "cpu":
+        torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    else:  # a graph of device calls writes to addresses, not to tensors
+        torch._dynamo.mark_static_address(buffer, guard=False)
 
 
 def slot_cache(slots_of_layers: Sequence[Slots], like: torch.Tensor | None = None) -> Cache:
     """An empty cache with one layer for each entry, standing where that entry says.
 
-    Its buffers are fixed where it is told what keys and values are `like`, (B, heads, 0, head_dim).
+    Where the slots have a lease it has to be told what keys and values are `like`, (B, heads, 0, head_dim).
     """
-    if like is None:
-        return Cache(layers=[SlotLayer(slots) for slots in slots_of_layers])
-    is_dynamic = like.device.type == "cpu"
-    layers = [SlotLayer(slots, is_fixed=True, is_dynamic=is_dynamic) for slots in slots_of_layers]
-    for layer in layers:
-        layer.lazy_initialization(like, like)
+    layers = [SlotLayer(slots, name=f"{slots.name}.{index}") for index, slots in enumerate(slots_of_layers)]
+    if like is not None:
+        for layer in layers:
+            layer.lazy_initialization(like, like)
     return Cache(layers=layers)  # type: ignore[arg-type]
 
 
 @contextmanager
-def slot_layers(
-    cache: Cache, slots: Slots, room: int | None = None, is_dynamic: bool = False
-) -> Iterator[list[SlotLayer]]:
+def slot_layers(cache: Cache, slots: Slots, room: int = 0, is_kept: bool = True) -> Iterator[list[SlotLayer]]:
     """Let a prefilled cache keep its keys and values in [`SlotLayer`]s while in the block.
 
     On the way out, by whatever way, the cache gets its own layers back, holding exactly the verified slots, as if the
@@ -205,21 +227,26 @@ def slot_layers(
     Args:
         cache (`Cache`): The cache.
         slots (`Slots`): Where its rows stand.
-        room (`int`, *optional*): Tentative slots that there is room for to start with, in buffers that are fixed.
-        is_dynamic (`bool`): Let code that is compiled for fixed buffers serve any other capacity, too.
+        room (`int`): Tentative slots that there is room for to start with, in buffers that are fixed.
+        is_kept (`bool`): Whether anybody looks at the cache afterwards; else what it holds may be overwritten.
     """
     originals: list[Any] = list(cache.layers)
     adopted: dict[int, SlotLayer] = {}
     for index, layer in enumerate(originals):
         if layer.keys is not None:
             window = getattr(layer, "sliding_window", None)
-            adopted[index] = cache.layers[index] = SlotLayer(slots, window, room is not None, is_dynamic)
-            _adopt(adopted[index], layer, room or 0)
+            adopted[index] = cache.layers[index] = SlotLayer(slots, window, str(index))
+            _adopt(adopted[index], layer, room)
     try:
         yield list(adopted.values())
     finally:
         for index, layer in adopted.items():
             restore(layer, originals[index])
+            if is_kept and layer.is_fixed:  # the buffers go back to the lease
+                originals[index].keys, originals[index].values = (
+                    originals[index].keys.clone(),
+                    originals[index].values.clone(),
+                )
         cache.layers[:] = originals
 
 

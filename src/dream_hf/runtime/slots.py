@@ -10,9 +10,12 @@ tensors that are written in place before a forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
+
+from .counts import Counts
+from .leases import Lease
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,29 @@ class Slots:
         lengths (`Sequence[int]`): Verified slots of each row.
         limit (`int`, *optional*): Slots that will never be exceeded, so that buffers need not grow past it.
         path_size (`int`): Longest path that [`Slots.keep`] is ever given; 0 if none is.
+        lease (`Lease`, *optional*): Where the buffers and pointers lie, which are fixed then: compiled code can use them.
+        name (`str`): What tells these slots from others of the same lease.
     """
 
-    def __init__(self, lengths: Sequence[int], limit: int | None = None, path_size: int = 0):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        limit: int | None = None,
+        path_size: int = 0,
+        lease: Lease | None = None,
+        name: str = "slots",
+    ):
         self.limit, self.path_size = limit, path_size
+        self.lease, self.name = lease, name
         self.tentative = 0  # slots after the verified ones that hold something, equal for all rows
         self._pointers: dict[torch.device, Pointers] = {}
         self.place(lengths)
 
     def place(self, lengths: Sequence[int]) -> None:
         """Set the verified slots of each row."""
-        self.lengths = list(lengths)
+        self._counts = Counts.of(lengths)
+        self.lengths = self._counts.numbers
         self.longest, self.shortest = max(self.lengths), min(self.lengths)
-        self._tensors: dict[torch.device, torch.Tensor] = {}
         for device, pointers in self._pointers.items():
             pointers.starts.copy_(self.tensor(device))
             pointers.end.fill_(self.longest)
@@ -62,9 +75,7 @@ class Slots:
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """`lengths` on a device, (B,)."""
-        if device not in self._tensors:
-            self._tensors[device] = torch.tensor(self.lengths, device=device)
-        return self._tensors[device]
+        return self._counts.on(device)
 
     def extend(self, num_slots: int) -> None:
         """Take note of `num_slots` tentative slots written by a forward pass, in every layer."""
@@ -76,7 +87,7 @@ class Slots:
         """Verify the first `counts` tentative slots of each row and take the others back."""
         self.rollback()
         if any(counts):
-            self.place([length + count for length, count in zip(self.lengths, counts, strict=True)])
+            self.place(self._counts.plus(Counts.of(counts)))
 
     def rollback(self) -> None:
         """Take all tentative slots back."""
@@ -88,13 +99,9 @@ class Slots:
     def pointers(self, device: torch.device) -> Pointers:
         """The tensors for layers on a device; the same ones as long as they can be written."""
         if device not in self._pointers:
-            starts = self.tensor(device) + self.tentative
-            path = starts[:, None].expand(-1, self.path_size)
-            end = torch.tensor(self.longest, device=device)
-            self._pointers[device] = Pointers(starts, end, path.clone(), path.clone())
-        pointers = self._pointers[device]
-        if pointers.starts.is_inference() and not torch.is_inference_mode_enabled():
-            self._pointers[device] = Pointers(*(getattr(pointers, field.name).clone() for field in fields(Pointers)))
+            self._pointers[device] = self._make_pointers(device)
+        if self._pointers[device].starts.is_inference() and not torch.is_inference_mode_enabled():
+            self._pointers[device] = self._make_pointers(device)
         return self._pointers[device]
 
     def keep(self, path: torch.Tensor) -> None:
@@ -113,3 +120,21 @@ class Slots:
         """Take note that every layer has made its move."""
         for pointers in self._pointers.values():
             pointers.moved_from.copy_(pointers.moved_to)
+
+    def _make_pointers(self, device: torch.device) -> Pointers:
+        """Pointers that stand where the rows do, and move nothing."""
+        assert self.lease is not None  # only what is fixed is pointed to
+        lengths, num_rows = self.tensor(device), len(self.lengths)
+        shapes = {
+            "starts": (num_rows,),
+            "end": (),
+            "from": (num_rows, self.path_size),
+            "to": (num_rows, self.path_size),
+        }
+        parts = [self.lease.buffer(f"{self.name}.{part}.{device}", lengths, shape) for part, shape in shapes.items()]
+        starts, end, moved_from, moved_to = parts
+        starts.copy_(lengths + self.tentative)
+        end.fill_(self.longest)
+        for moved in (moved_from, moved_to):
+            moved.copy_(starts[:, None].expand_as(moved))
+        return Pointers(starts, end, moved_from, moved_to)

@@ -43,7 +43,9 @@ class DreamSession(LazySession):
             self._catch_up()
             return self.state, self.pending
         batch_size = prefill.first_tokens.shape[0]
-        return DrafterState(self.drafter, batch_size, self.settings, prefill.compilation), PendingTokens()
+        num_slots = prefill.token_ids.shape[1] + self.settings.tree_depth * self.settings.tree_top_k
+        state = DrafterState(self.drafter, batch_size, self.settings, prefill.compilation, num_slots)
+        return state, PendingTokens()
 
     def _read_prompt(self, prefill: Prefill) -> None:
         """Read the prompt, without the visual tokens the target hardly attends to, and the first token behind it."""

@@ -18,7 +18,9 @@ from transformers.cache_utils import Cache
 from ...decoding.settings import DraftSettings
 from ...runtime.compilation import Settings as CompileSettings
 from ...runtime.compilation import compiled_function
-from ...runtime.kv_cache import SlotLayer, slot_cache
+from ...runtime.counts import Counts
+from ...runtime.kv_cache import SlotLayer, capacity_for, slot_cache
+from ...runtime.leases import lease_for_life
 from ...runtime.phases import DRAFTER, phase
 from ...runtime.slots import Slots
 from ...runtime.threads import cpu_threads
@@ -41,6 +43,7 @@ class DrafterState:
         batch_size (`int`): Rows.
         settings (`DraftSettings`, *optional*): How to draft; by default as the drafter's config says.
         compilation (`CompileSettings`, *optional*): How to compile its levels, if its forward is all plain functions.
+        num_slots (`int`): Tokens of a row that there is room for to start with, if its levels are compiled.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class DrafterState:
         batch_size: int,
         settings: DraftSettings | None = None,
         compilation: CompileSettings | None = None,
+        num_slots: int = 0,
     ):
         self.drafter = drafter
         self.settings = settings or DraftSettings.of(drafter.config)
@@ -56,7 +60,9 @@ class DrafterState:
         self.compiled: CompiledLevels | None = None
         if compilation is not None and is_plain_throughout(drafter):
             self.compiled = CompiledLevels(drafter, compilation)
-        self.tokens, self.features = Slots([0] * batch_size), Slots([0] * batch_size)
+        lease = self.compiled and lease_for_life(self, drafter, batch_size, capacity_for(num_slots))
+        self.tokens = Slots([0] * batch_size, lease=lease, name="tokens")
+        self.features = Slots([0] * batch_size, lease=lease, name="features")
         self.cache = self._make_cache(batch_size)
         self.root_features: torch.Tensor | None = None  # (B, 1, H), the drafter's own for the last token
         self.root_positions: torch.Tensor | None = None  # (B, 1)
@@ -81,9 +87,10 @@ class DrafterState:
             else:
                 hidden = self._read_start(embeds, features, positions)
         self.level_places = []
+        counts = Counts.of(counts)
         self.tokens.commit(counts)
-        self.features.commit([max(count - num_missing, 0) for count in counts])
-        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
+        self.features.commit(counts.less(num_missing))
+        last = counts.less(1).on(device)[:, None]
         self.root_features = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         self.root_positions = positions.gather(1, last)
 
@@ -130,7 +137,8 @@ class DrafterState:
         features = text.features
         if known is not None and known.shape[1]:
             features = torch.cat([known, features], dim=1)
-        self.read(embeds, features, positions, (text.counts + 1).tolist())
+        counts = text.counts + 1
+        self.read(embeds, features, positions, Counts(counts.tolist(), counts))
 
     def read_on(self, embeds: torch.Tensor, features: torch.Tensor, counts: Sequence[int]) -> None:
         """Take in what came right after the last token: embeds and features (B, T, H), `counts[b]` tokens of row b."""
@@ -237,7 +245,7 @@ class CompiledLevels:
         """The children of the beams, which are written to the cache."""
         beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))  # one layout, one graph
         num_beams = beams.tokens.shape[1]
-        if cache.layers[0].is_dynamic and num_beams not in self.counts_seen:
+        if beams.tokens.device.type == "cpu" and num_beams not in self.counts_seen:
             let_beams_vary(beams)  # in case this level, the first of its kind, gets compiled
             self.counts_seen.add(num_beams)
         level = self.run(forward, cache, head, beams, places, top_k)

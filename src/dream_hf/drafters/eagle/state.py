@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...runtime.counts import Counts
 from ...runtime.kv_cache import slot_cache
 from ...runtime.phases import DRAFTER, phase
 from ...runtime.slots import Slots
@@ -55,14 +56,15 @@ class EagleState:
                 hidden = self._forward(embeds, states, FromStart(), positions)
             else:
                 hidden = self._read_behind(embeds, states, positions)
+        counts = Counts.of(counts)
         self.slots.commit(counts)
-        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)[:, None]
+        last = counts.less(1).on(device)[:, None]
         root_states = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         root_positions = _highest(positions, counts)
         if self.root_states is not None and not all(
             counts
         ):  # a row of the batch that gained nothing stays where it is
-            is_new = torch.tensor([count > 0 for count in counts], device=device)[:, None]
+            is_new = counts.on(device)[:, None] > 0
             root_states = torch.where(is_new[..., None], root_states, self.root_states)
             root_positions = torch.where(is_new, root_positions, self.root_positions)  # type: ignore[arg-type]
         self.root_states, self.root_positions = root_states, root_positions
@@ -153,9 +155,9 @@ def _biased(sees: torch.Tensor, dtype: torch.dtype) -> Biased:
     return Biased(aligned_bias(sees.unsqueeze(1).to(dtype).log()))
 
 
-def _highest(positions: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+def _highest(positions: torch.Tensor, counts: Counts) -> torch.Tensor:
     """The highest position, on any plane, of the first `counts[b]` rows of each text: (B, 1)."""
     places = torch.arange(positions.shape[-1], device=positions.device)
-    is_read = places < torch.tensor(counts, device=positions.device)[:, None]
+    is_read = places < counts.on(positions.device)[:, None]
     positions = positions.expand(len(counts), -1) if positions.ndim == 2 else positions.amax(0)
     return positions.masked_fill(~is_read, -1).amax(-1, keepdim=True)
