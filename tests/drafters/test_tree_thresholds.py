@@ -133,9 +133,9 @@ def test_levels_beyond_the_longest_text_are_not_drafted(limit):
     levels = []
     run = DrafterState.next_level
 
-    def spy(self, head, beams, depth, top_k):
+    def spy(self, head, level, places, depth, top_k):
         levels.append(depth)
-        return run(self, head, beams, depth, top_k)
+        return run(self, head, level, places, depth, top_k)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DrafterState, "next_level", spy)
@@ -167,25 +167,25 @@ def test_thresholds_are_probabilities(name):
 
 
 @pytest.mark.parametrize("places", [[0, 1, 2, 3], [0, 1], [1], [0, 2], [1, 2, 3]])
-@pytest.mark.parametrize("num_parents", [1, 3])
-def test_beams_see_what_their_parents_saw(num_parents, places):
+def test_beams_see_what_their_parents_saw(places):
     """The beams chosen are written to the first slots, whichever they are, and see those slots besides."""
     torch.manual_seed(0)
     own = torch.arange(20, 24).view(1, 4, 1).repeat(2, 1, 1)
-    sees = torch.rand(2, num_parents, 30) < 0.5
-    sees[..., 20:] = False
-    features, before = torch.rand(2, num_parents, 3), sees.clone()
-    tokens, scores = torch.randint(99, (2, num_parents * 4)), torch.rand(2, num_parents * 4)
+    seen = torch.rand(2, 4, 30) < 0.5
+    seen[..., 20:] = False
+    features, before = torch.rand(2, 4, 3), seen.clone()
+    tokens, scores = torch.randint(99, (2, 12)), torch.rand(2, 12)
     best = scores.topk(4, dim=-1).indices
-    level = SlotLevel(tokens, scores, best, tokens.gather(1, best), scores.gather(1, best), features, sees, own)
-    beams = level.beams(places)
+    level = SlotLevel(tokens, scores, best, tokens.gather(1, best), scores.gather(1, best), features, seen, own)
+    beams, everything = level.beams(places), level.all_beams(places)
     for row in range(2):
         nodes = best[row, places]
-        parents = nodes // 4
-        assert torch.equal(beams.tokens[row], tokens[row, nodes]) and torch.equal(
-            beams.scores[row], scores[row, nodes]
-        )
-        assert torch.equal(beams.features[row], features[row, parents])
-        expected = sees[row, parents].scatter(1, own[row, : len(places)], True)
+        assert torch.equal(beams.tokens[row], tokens[row, nodes])
+        assert torch.equal(beams.scores[row], scores[row, nodes])
+        assert torch.equal(beams.features[row], features[row, places])
+        expected = seen[row, places].scatter(1, own[row, : len(places)], True)
         assert torch.equal(beams.sees[row], expected)
-    assert torch.equal(beams.own, own) and torch.equal(sees, before)
+        is_likely = everything.scores[row].isfinite()
+        assert is_likely.nonzero()[:, 0].tolist() == places
+        assert torch.equal(everything.scores[row, is_likely], beams.scores[row])
+    assert torch.equal(beams.own, own) and torch.equal(seen, before)

@@ -156,12 +156,12 @@ def test_nothing_is_compiled_anew(monkeypatch, name):
     assert [each.is_broken for each in (*compiled_of(target), *compiled_of(drafter))] == [False, False]
 
 
-def test_beams_of_any_choice_come_in_one_layout(monkeypatch):
-    """Other strides would be compiled for anew, in the middle of decoding."""
+def test_levels_come_in_one_layout(monkeypatch):
+    """Whichever nodes are expanded: other shapes or strides would be compiled for anew, in the middle of decoding."""
     target = family("llama").make_target(dtype=torch.float32)
     inputs = family("llama").make_inputs(target, 1)
     drafter = untrained(target, tree_depth=6, tree_top_k=4)
-    layouts: dict[int, set] = {}
+    layouts: list[str] = []
     choices = itertools.cycle([[0], [2], [0, 1], [1, 3], [0, 1, 2, 3]])
     monkeypatch.setattr(drafting, "_promising", lambda *_: next(choices))
     run = compiling.CompiledFunction.__call__
@@ -169,14 +169,14 @@ def test_beams_of_any_choice_come_in_one_layout(monkeypatch):
     def noting(self, *args):
         beams = next((value for value in args if isinstance(value, Beams)), None)
         if beams is not None:
-            layouts.setdefault(beams.tokens.shape[1], set()).add(str([part.stride() for part in beams]))
+            layouts.append(str([(part.shape, part.stride()) for part in beams]))
         return run(self, *args)
 
     monkeypatch.setattr(compiling.CompiledFunction, "__call__", noting)
     expected = generate(target, inputs, max_new_tokens=NUM_NEW)
     out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
     assert_same_tokens(expected, out)
-    assert layouts.keys() == {1, 2, 4} and all(len(found) == 1 for found in layouts.values())
+    assert len(layouts) > 5 and len(set(layouts)) == 1
 
 
 def test_what_changes_between_calls_is_seen():

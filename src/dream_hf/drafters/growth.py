@@ -42,7 +42,10 @@ class LevelSource(Protocol):
         """The likeliest tokens below the root, of a tree that may have up to `num_levels` levels."""
 
     def next_level(self, level: Any, places: list[int], depth: int, top_k: int) -> Any:
-        """`top_k` children of each of the best nodes of `level` at `places`, which are at a depth of `depth`."""
+        """`top_k` children of each of the best nodes of `level` at `places`, which are at a depth of `depth`.
+
+        Or of all the best nodes, where that is as cheap: those elsewhere have children of no probability.
+        """
 
     def forget_levels(self) -> None:
         """The tree is done; what was written for it can go."""
@@ -124,9 +127,10 @@ def _expand_levels(
         promising = _promising(level, settings, end_ids)
         if not promising:
             break
-        parents = level.best[:, index_of(promising)]
+        best = level.best
         level = source.next_level(level, promising, depth, top_k)
-        found.add(level, parents)
+        is_whole = level.tokens.shape[1] == best.shape[1] * top_k  # the others are in it, with no probability
+        found.add(level, best if is_whole else best[:, index_of(promising)])
     source.forget_levels()
     return found
 

@@ -5,6 +5,7 @@ B rows, k beams, H width. A mask's column c stands for token slot c and for feat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,21 +48,24 @@ class SlotLevel(NamedTuple):
     best: torch.Tensor  # (B, k), places of the best nodes among all, best first
     best_tokens: torch.Tensor  # (B, k)
     best_scores: torch.Tensor  # (B, k)
-    hidden: torch.Tensor  # (B, parents, H), features of the parents, each of which has k children
-    sees: torch.Tensor  # (B, parents, columns), what the parents see
+    features: torch.Tensor  # (B, k, H), of the parents of the best nodes
+    seen: torch.Tensor  # (B, k, columns), what these parents see
     own: torch.Tensor  # (B, k, 1), the token slots for k beams
 
     def beams(self, places: list[int]) -> Beams:
         """Some of the best nodes as beams: each sees what its parent saw, and itself."""
-        num_beams, chosen = len(places), index_of(places)
-        if self.hidden.shape[1] == 1:
-            features, sees = self.hidden.expand(-1, num_beams, -1), self.sees.expand(-1, num_beams, -1)
-        else:
-            parents = (self.best[:, chosen] // self.best.shape[1])[..., None]
-            features = self.hidden.gather(1, parents.expand(-1, -1, self.hidden.shape[-1]))
-            sees = self.sees.gather(1, parents.expand(-1, -1, self.sees.shape[-1]))
-        sees = sees.scatter(2, self.own[:, :num_beams], True)
-        return Beams(self.best_tokens[:, chosen], self.best_scores[:, chosen], features, sees, self.own)
+        chosen = index_of(places)
+        sees = self.seen[:, chosen].scatter(2, self.own[:, : len(places)], True)
+        parts = (self.best_tokens, self.best_scores, self.features)
+        return Beams(*(part[:, chosen] for part in parts), sees, self.own)
+
+    def all_beams(self, places: list[int]) -> Beams:
+        """All of the best nodes as beams; those at other places than these will have children of no probability."""
+        beams, num_beams = self.beams(list(range(self.best.shape[1]))), self.best.shape[1]
+        if len(places) == num_beams:
+            return beams
+        is_promising = torch.tensor([place in places for place in range(num_beams)], device=beams.scores.device)
+        return beams._replace(scores=beams.scores.masked_fill(~is_promising, -math.inf))
 
 
 def index_of(places: list[int]) -> slice | list[int]:
@@ -76,30 +80,26 @@ def first_level(
     scores, tokens = _top_log_probs(head, root_features, top_k)  # (B, 1, k) each
     verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
     own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
-    return _ranked(tokens, scores, root_features, verified[:, None], own)
+    tokens, scores = tokens[:, 0], scores[:, 0]  # which are all there are
+    best = torch.arange(top_k, device=tokens.device).expand_as(tokens)
+    features, seen = root_features.repeat(1, top_k, 1), verified[:, None].repeat(1, top_k, 1)
+    return SlotLevel(tokens, scores, best, tokens, scores, features, seen, own)
 
 
 def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> SlotLevel:
     """The children of `beams`, whose features are `hidden` (B, m, H), `top_k` of each."""
     scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, m, top_k) each
-    return _ranked(tokens, scores + beams.scores[..., None], hidden, beams.sees, beams.own + beams.tokens.shape[1])
-
-
-def _ranked(
-    tokens: torch.Tensor,  # (B, parents, k), likeliest first
-    scores: torch.Tensor,  # (B, parents, k)
-    hidden: torch.Tensor,  # (B, parents, H)
-    sees: torch.Tensor,  # (B, parents, columns)
-    own: torch.Tensor,  # (B, k, 1)
-) -> SlotLevel:
-    """The level of these nodes, and its k best."""
-    num_parents, top_k = tokens.shape[1:]
-    tokens, scores = tokens.flatten(1), scores.flatten(1)
-    if num_parents == 1:  # its children are all there is
+    tokens, scores = tokens.flatten(1), (scores + beams.scores[..., None]).flatten(1)
+    own = beams.own + hidden.shape[1]
+    if hidden.shape[1] == 1:  # its children are all there are
         best = torch.arange(top_k, device=tokens.device).expand_as(tokens)
-        return SlotLevel(tokens, scores, best, tokens, scores, hidden, sees, own)
+        features, seen = hidden.expand(-1, top_k, -1), beams.sees.expand(-1, top_k, -1)
+        return SlotLevel(tokens, scores, best, tokens, scores, features, seen, own)
     best_scores, best = scores.topk(top_k, dim=-1)
-    return SlotLevel(tokens, scores, best, tokens.gather(1, best), best_scores, hidden, sees, own)
+    parents = (best // top_k)[..., None]
+    features = hidden.gather(1, parents.expand(-1, -1, hidden.shape[-1]))
+    seen = beams.sees.gather(1, parents.expand(-1, -1, beams.sees.shape[-1]))
+    return SlotLevel(tokens, scores, best, tokens.gather(1, best), best_scores, features, seen, own)
 
 
 def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

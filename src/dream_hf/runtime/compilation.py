@@ -51,12 +51,23 @@ class Settings:
         if self.options:
             arguments["options"] = dict(self.options)
         elif self.backend == "inductor":  # other backends know no modes
-            arguments["mode"] = self.mode
+            arguments["options"] = dict(torch._inductor.list_mode_options(self.mode or "default"))
+        else:
+            arguments["options"] = {}
+        arguments["options"]["guard_filter_fn"] = _matters
         if (
             "isolate_recompiles" in signature(torch.compile).parameters
         ):  # what was compiled for other models costs nothing
             arguments["isolate_recompiles"] = True
         return arguments
+
+
+def _matters(guards: Any) -> list[bool]:
+    """Which of dynamo's guards to keep: hundreds look at each call whether a drafter's parts are still what they were.
+
+    A drafter's `forward` is made anew for every `generate()`, and out of plain parts only; its weights are read at each call.
+    """
+    return [not guard.name.startswith("forward.parts") for guard in guards]
 
 
 @dataclass

@@ -165,14 +165,15 @@ class DrafterState:
         self.extend(embeds.shape[1])
         return hidden
 
-    def next_level(self, head: TargetHead, beams: Beams, depth: int, top_k: int) -> SlotLevel:
-        """Run the beams at a depth, tentatively, and find `top_k` children of each."""
+    def next_level(self, head: TargetHead, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
+        """Run the best nodes at `places` of a level, which are at a depth, tentatively, and find `top_k` children of each."""
         with phase(DRAFTER):
             if self.compiled is None:
+                beams = level.beams(places)
                 embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
                 return next_level(head, beams, self.beams(embeds, beams.features, beams.sees, depth), top_k)
-            places = self._places_of(depth, beams.features)
-            level = self.compiled(self.forward, self.cache, head, beams, places, top_k)
+            beams = level.all_beams(places)  # of one shape, whatever the places
+            level = self.compiled(self.forward, self.cache, head, beams, self._places_of(depth, beams.features), top_k)
         self.extend(beams.tokens.shape[1])
         return level
 
@@ -237,17 +238,13 @@ class CompiledLevels:
 
     def __init__(self, drafter: DreamModel, compilation: CompileSettings):
         self.run = compiled_function(drafter, run_level, compilation)
-        self.counts_seen: set[int] = set()  # how many beams levels have had so far
 
     def __call__(
         self, forward: DecodingForward, cache: Any, head: TargetHead, beams: Beams, places: Any, top_k: int
     ) -> SlotLevel:
         """The children of the beams, which are written to the cache."""
-        beams = Beams(*(part.clone(memory_format=torch.contiguous_format) for part in beams))  # one layout, one graph
-        num_beams = beams.tokens.shape[1]
-        if beams.tokens.device.type == "cpu" and num_beams not in self.counts_seen:
-            let_beams_vary(beams)  # in case this level, the first of its kind, gets compiled
-            self.counts_seen.add(num_beams)
+        if beams.sees.device.type == "cpu":
+            torch._dynamo.maybe_mark_dynamic(beams.sees, 2)  # one graph for all capacities
         level = self.run(forward, cache, head, beams, places, top_k)
         if beams.features.device.type == "cpu":
             return level
@@ -261,13 +258,6 @@ def run_level(
     embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
     hidden = forward(embeds, beams.features, shown_columns(beams.sees, embeds.dtype), places, cache)
     return next_level(head, beams, hidden, top_k)
-
-
-def let_beams_vary(beams: Beams) -> None:
-    """Let code compiled for these beams serve any other number of them (but one, which is another graph) and of columns."""
-    for part in beams[:-1]:
-        torch._dynamo.maybe_mark_dynamic(part, 1)
-    torch._dynamo.maybe_mark_dynamic(beams.sees, 2)
 
 
 @dataclass(frozen=True)
@@ -293,7 +283,7 @@ class DreamLevels:
 
     def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
         """Run the best nodes of a level at `places`, tentatively, and find `top_k` children of each."""
-        return self.state.next_level(self.head, level.beams(places), depth, top_k)
+        return self.state.next_level(self.head, level, places, depth, top_k)
 
     def forget_levels(self) -> None:
         """Empty the tentative slots."""
