@@ -56,8 +56,8 @@ class SlotLevel(NamedTuple):
         """Some of the best nodes as beams: each sees what its parent saw, and itself."""
         chosen = index_of(places)
         sees = self.seen[:, chosen].scatter(2, self.own[:, : len(places)], True)
-        parts = (self.best_tokens, self.best_scores, self.features)
-        return Beams(*(part[:, chosen] for part in parts), sees, self.own)
+        tokens, scores = self.best_tokens[:, chosen], self.best_scores[:, chosen]
+        return Beams(tokens, scores, self.features[:, chosen], sees, self.own)
 
     def all_beams(self, places: list[int]) -> Beams:
         """All of the best nodes as beams; those at other places than these will have children of no probability."""
@@ -107,5 +107,8 @@ def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tupl
 
     (B, n, H) -> (B, n, k) each.
     """
-    scores, tokens = head.logits(features).to(features.device).log_softmax(-1).topk(top_k, dim=-1)
+    logits = head.logits(features)
+    scores, tokens = logits.topk(top_k, dim=-1)
+    scores = (scores - logits.logsumexp(-1, keepdim=True)).to(features.device)  # few numbers to move
+    tokens = tokens.to(features.device)
     return scores, tokens if head.token_ids is None else head.token_ids[tokens]

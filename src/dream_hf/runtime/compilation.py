@@ -47,14 +47,11 @@ class Settings:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `torch.compile`."""
-        arguments: dict[str, Any] = {"backend": self.backend, "fullgraph": self.fullgraph, "dynamic": self.dynamic}
-        if self.options:
-            arguments["options"] = dict(self.options)
-        elif self.backend == "inductor":  # other backends know no modes
-            arguments["options"] = dict(torch._inductor.list_mode_options(self.mode or "default"))
-        else:
-            arguments["options"] = {}
-        arguments["options"]["guard_filter_fn"] = _matters
+        options = dict(self.options)
+        if not options and self.backend == "inductor":  # other backends know no modes
+            options = dict(torch._inductor.list_mode_options(self.mode or "default"))
+        options.setdefault("guard_filter_fn", _matters)
+        arguments = {"backend": self.backend, "fullgraph": self.fullgraph, "dynamic": self.dynamic, "options": options}
         if (
             "isolate_recompiles" in signature(torch.compile).parameters
         ):  # what was compiled for other models costs nothing

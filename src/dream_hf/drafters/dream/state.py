@@ -60,7 +60,7 @@ class DrafterState:
         self.compiled: CompiledLevels | None = None
         if compilation is not None and is_plain_throughout(drafter):
             self.compiled = CompiledLevels(drafter, compilation)
-        lease = self.compiled and lease_for_life(self, drafter, batch_size, capacity_for(num_slots))
+        lease = lease_for_life(self, drafter, batch_size, capacity_for(num_slots)) if self.compiled else None
         self.tokens = Slots([0] * batch_size, lease=lease, name="tokens")
         self.features = Slots([0] * batch_size, lease=lease, name="features")
         self.cache = self._make_cache(batch_size)
