@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .masked_attention import (
@@ -63,23 +63,25 @@ class Biased(Visibility):
     """Any pattern in which each query sees something, as numbers that are made once for all blocks.
 
     Args:
-        bias (`torch.Tensor` of shape `(B, 1, T, columns)`): 0 where a key is seen, else -inf; there may be fewer keys.
+        bias (`torch.Tensor` of shape `(B, 1, T, columns)`): 0 where a key is seen, else -inf; there may be fewer keys, or
+            more, which are not seen.
     """
 
     may_show_nothing = False
     bias: Tensor
 
     def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        return self.bias[:, 0, :, :num_keys] == 0
+        return nn.functional.pad(self.bias[:, 0] == 0, (0, num_keys - self.bias.shape[-1]))  # which may cut
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, unseen: Tensor | None, scale: float, dropout: float
     ) -> Tensor:
+        num_columns = min(self.bias.shape[-1], keys.shape[2])
         return scaled_dot_product_attention(
             queries,
-            keys,
-            values,
-            attn_mask=self.bias[..., : keys.shape[2]],
+            keys[:, :, :num_columns],
+            values[:, :, :num_columns],
+            attn_mask=self.bias[..., :num_columns],
             scale=scale,
             dropout_p=dropout,
             enable_gqa=queries.shape[1] != keys.shape[1],

@@ -22,6 +22,7 @@ from .slots import Pointers, Slots
 SPARE_SLOTS = 64  # that buffers grow by at least
 FIXED_SPARE_SLOTS = 256  # the same for fixed ones
 BUCKET = 256  # the smallest capacity of fixed buffers; there are two to every doubling, so that few shapes occur
+SHOWN_BY = 64  # compiled code on a CPU, which serves all sizes, sees a multiple of these slots
 # Layers a tree can be taken back from. Layers that only read other layers' keys have had a type since transformers 5.23.
 SUPPORTED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
@@ -188,6 +189,11 @@ def capacity_for(num_slots: int) -> int:
     while capacity < num_slots:
         capacity = capacity * 4 // 3 if capacity % 3 == 0 else capacity * 3 // 2
     return capacity
+
+
+def few_sizes(num_slots: int, device: torch.device) -> int:
+    """How many slots to show compiled code, at least `num_slots`: few numbers, so that it is compiled for few."""
+    return -(-num_slots // SHOWN_BY) * SHOWN_BY if device.type == "cpu" else capacity_for(num_slots)
 
 
 def _enlarged(states: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ...decoding.settings import DraftSettings
 from ...runtime.compilation import Settings as CompileSettings
 from ...runtime.compilation import compiled_function
 from ...runtime.counts import Counts
-from ...runtime.kv_cache import SlotLayer, capacity_for, slot_cache
+from ...runtime.kv_cache import SlotLayer, capacity_for, few_sizes, slot_cache
 from ...runtime.leases import lease_for_life
 from ...runtime.phases import DRAFTER, phase
 from ...runtime.slots import Slots
@@ -151,10 +151,13 @@ class DrafterState:
 
         Column c stands for token slot c and feature slot c - 1.
         """
-        if self.compiled is not None:
-            for layer in self._layers:
-                layer.reserve(num_new)
-        return max(self._num_slots(self.tokens, num_new), self._num_slots(self.features, num_new) + 1)
+        num_columns = max(self.tokens.end + num_new, self.features.end + num_new + 1)
+        if self.compiled is None:
+            return num_columns
+        num_columns = few_sizes(num_columns, self.drafter.device)
+        for layer in self._layers:
+            layer.reserve(num_columns - layer.slots.end)
+        return num_columns
 
     def beams(self, embeds: torch.Tensor, features: torch.Tensor, sees: torch.Tensor, level: int) -> torch.Tensor:
         """Run one level's beams, tentatively: embeds (B, k, H), their parents' features (B, k, H) -> features (B, k, H).
@@ -221,11 +224,6 @@ class DrafterState:
     @property
     def _layers(self) -> list[SlotLayer]:
         return self.cache.layers  # type: ignore[return-value]
-
-    def _num_slots(self, slots: Slots, num_new: int) -> int:
-        """Slots that attention is shown when `num_new` are written: the same in every layer of the same slots."""
-        layer = next((layer for layer in self._layers if layer.slots is slots), None)
-        return slots.end + num_new if layer is None else layer.get_mask_sizes(num_new)[0]
 
 
 class CompiledLevels:
