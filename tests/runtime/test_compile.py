@@ -169,7 +169,8 @@ def test_levels_come_in_one_layout(monkeypatch):
     def noting(self, *args):
         beams = next((value for value in args if isinstance(value, Beams)), None)
         if beams is not None:
-            layouts.append(str([(part.shape, part.stride()) for part in beams]))
+            seen = beams.sees[..., :1]  # of as many columns as there are
+            layouts.append(str([(part.shape, part.stride()) for part in beams._replace(sees=seen.contiguous())]))
         return run(self, *args)
 
     monkeypatch.setattr(compiling.CompiledFunction, "__call__", noting)

@@ -64,6 +64,35 @@ def split_heads(projected: Tensor, attention: Any) -> Tensor:
     return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
+def turned_heads(attention: Any, hidden: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, heads, T, head_dim), keys and values (B, key_value_heads, T, head_dim), all but the values turned."""
+    if getattr(attention, "qkv_proj", None) is None:
+        queries, keys, values = (
+            split_heads(project(hidden), attention)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return rotated(queries, angles), rotated(keys, angles), values
+    states = split_heads(attention.qkv_proj(hidden), attention)
+    num_keys = states.shape[1] // (attention.num_key_value_groups + 2)
+    turned = rotated(states[:, :-num_keys], angles)
+    return turned[:, :-num_keys], turned[:, -num_keys:], states[:, -num_keys:]
+
+
+def keys_and_values(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, (B, key_value_heads, T, head_dim) each, as they are projected."""
+    if getattr(attention, "kv_proj", None) is None:
+        return split_heads(attention.k_proj(hidden), attention), split_heads(attention.v_proj(hidden), attention)
+    keys, values = split_heads(attention.kv_proj(hidden), attention).chunk(2, dim=1)
+    return keys, values
+
+
+def added(residual: Tensor | None, function: Any, hidden: Tensor) -> Tensor:
+    """`residual`, if there is one, and what a function makes of (B, T, H), in one operation where the function knows how."""
+    if residual is None:
+        return function(hidden)
+    return function.onto(residual, hidden) if hasattr(function, "onto") else residual + function(hidden)
+
+
 def remembered(
     keys: Tensor, values: Tensor, seen: Visibility, cache: Cache | None, layer_idx: int
 ) -> tuple[Tensor, Tensor]:

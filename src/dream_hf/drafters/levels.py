@@ -107,10 +107,7 @@ def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tupl
 
     (B, n, H) -> (B, n, k) each.
     """
-    logits = head.logits(features)
-    scores, tokens = logits.topk(top_k, dim=-1)
-    if logits.dtype.itemsize < 4:  # sums of so many have no digits to lose
-        scores, logits = scores.float(), logits.float()
-    scores = (scores - logits.logsumexp(-1, keepdim=True)).to(features.device)  # few numbers to move
-    tokens = tokens.to(features.device)
+    logits = head.logits(features).to(features.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # sums of so many have no digits to lose
+    scores, tokens = logits.log_softmax(-1, dtype=dtype).topk(top_k, dim=-1)
     return scores, tokens if head.token_ids is None else head.token_ids[tokens]

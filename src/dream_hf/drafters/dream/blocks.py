@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..attention import Angles, attend, remembered, rotated, split_heads
+from ..attention import Angles, added, attend, keys_and_values, remembered, split_heads, turned_heads
 from ..visibility import Visibilities, Visibility
 
 
@@ -38,8 +38,8 @@ def self_attention_block(
     block: Any, hidden: Tensor, features: Tensor, seen: Visibilities, angles: Angles, cache: Cache | None = None
 ) -> Tensor:
     """Causal self-attention and an MLP, (B, T, H)."""
-    hidden = hidden + block.self_attn(block.input_layernorm(hidden), seen.tokens, angles, cache)
-    return hidden + block.mlp(block.post_attention_layernorm(hidden))
+    hidden = block.self_attn(block.input_layernorm(hidden), seen.tokens, angles, cache, hidden)
+    return added(hidden, block.mlp, block.post_attention_layernorm(hidden))
 
 
 def cross_attention_block(
@@ -53,14 +53,17 @@ def cross_attention_block(
 
 
 def self_attention(
-    attention: Any, hidden: Tensor, seen: Visibility, angles: Angles, cache: Cache | None = None
+    attention: Any,
+    hidden: Tensor,
+    seen: Visibility,
+    angles: Angles,
+    cache: Cache | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Llama's attention, told who sees what."""
-    queries = rotated(split_heads(attention.q_proj(hidden), attention), angles)
-    keys = rotated(split_heads(attention.k_proj(hidden), attention), angles)
-    values = split_heads(attention.v_proj(hidden), attention)
+    """Llama's attention, told who sees what; added to `residual`, (B, T, H), if that is given."""
+    queries, keys, values = turned_heads(attention, hidden, angles)
     keys, values = remembered(keys, values, seen, cache, attention.layer_idx)
-    return attention.o_proj(attend(attention, queries, keys, values, seen).flatten(2))
+    return added(residual, attention.o_proj, attend(attention, queries, keys, values, seen).flatten(2))
 
 
 def cross_attention(
@@ -68,9 +71,8 @@ def cross_attention(
 ) -> Tensor:
     """Attention of tokens to features: per-head RMS norm on queries and keys, no rotary embedding (paper, section 3.1)."""
     queries = attention.q_norm(split_heads(attention.q_proj(hidden), attention))
-    keys = attention.k_norm(split_heads(attention.k_proj(features), attention))
-    values = split_heads(attention.v_proj(features), attention)
-    keys, values = remembered(keys, values, seen, cache, attention.layer_idx)
+    keys, values = keys_and_values(attention, features)
+    keys, values = remembered(attention.k_norm(keys), values, seen, cache, attention.layer_idx)
     unseen = _unseen(values, attention) if seen.may_show_nothing else None
     return attention.o_proj(attend(attention, queries, keys, values, seen, unseen).flatten(2))
 

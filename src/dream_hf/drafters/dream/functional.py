@@ -19,6 +19,8 @@ from torch.nn.functional import linear, rms_norm
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from ..attention import added
+from ..stacking import Stack, stacked
 from ..visibility import DraftMasks, Visibilities
 from .blocks import (
     cross_attention,
@@ -41,7 +43,12 @@ COMPUTATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     DreamCrossAttentionBlock: cross_attention_block,
     DreamSelfAttention: self_attention,
     DreamCrossAttention: cross_attention,
-    LlamaMLP: LlamaMLP.forward,
+}
+# Layers of one input that are read as one, by the name for all of them.
+STACKS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
+    DreamSelfAttention: {"qkv_proj": ("q_proj", "k_proj", "v_proj")},
+    DreamCrossAttention: {"kv_proj": ("k_proj", "v_proj")},
+    LlamaMLP: {"gate_up_proj": ("gate_proj", "up_proj")},
 }
 
 
@@ -107,6 +114,51 @@ class _Parts:
             setattr(self, name, function_of(child))
         for name in getattr(module, "fixed_in_decoding", ()):
             setattr(self, name, getattr(module, name))
+        for name, layers in STACKS.get(type(module), {}).items():
+            setattr(self, name, _stack_of([getattr(module, layer) for layer in layers]))
+
+
+class _Linear:
+    """A linear layer, or several of one input, as a function."""
+
+    def __init__(self, layer: nn.Linear | Stack):
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weight, self.bias)
+
+    def onto(self, residual: Tensor, hidden: Tensor) -> Tensor:
+        """What the layer makes of (B, T, in), and `residual` (B, T, out)."""
+        if self.bias is not None or hidden.dtype != residual.dtype:  # autocast may want them to differ
+            return residual + self(hidden)
+        return torch.addmm(residual.flatten(0, 1), hidden.flatten(0, 1), self.weight.t()).view_as(residual)
+
+
+class _MLP:
+    """Llama's MLP as a function."""
+
+    def __init__(self, module: LlamaMLP):
+        self.parts: Any = _Parts(module)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.parts.down_proj(self._inner(hidden))
+
+    def onto(self, residual: Tensor, hidden: Tensor) -> Tensor:
+        """What the MLP makes of (B, T, H), and `residual` (B, T, H)."""
+        return added(residual, self.parts.down_proj, self._inner(hidden))
+
+    def _inner(self, hidden: Tensor) -> Tensor:
+        parts = self.parts
+        if parts.gate_up_proj is None:
+            return parts.act_fn(parts.gate_proj(hidden)) * parts.up_proj(hidden)
+        gate, up = parts.gate_up_proj(hidden).chunk(2, dim=-1)
+        return parts.act_fn(gate) * up
+
+
+def _stack_of(layers: list[nn.Module]) -> _Linear | None:
+    """Layers of one input as one, if they do nothing but what their class says and can be laid out so."""
+    stack = stacked(layers) if all(_is_plain(layer) for layer in layers) else None
+    return None if stack is None else _Linear(stack)
 
 
 def function_of(module: Any) -> Any:
@@ -118,11 +170,8 @@ def function_of(module: Any) -> Any:
         return module
     if kind in COMPUTATIONS:
         return partial(COMPUTATIONS[kind], _Parts(module))
-    if kind is nn.Linear:
-        return partial(linear, weight=module.weight, bias=module.bias)
-    if kind is nn.RMSNorm:
-        return _norm_of(module)
-    return module
+    make: Any = {LlamaMLP: _MLP, nn.Linear: _Linear, nn.RMSNorm: _norm_of}.get(kind)
+    return module if make is None else make(module)
 
 
 def is_plain_throughout(drafter: DreamModel) -> bool:

@@ -107,8 +107,9 @@ class DreamSelfAttention(LlamaAttention):
         seen: Visibility,
         angles: Angles,  # (B, 1, T, head_dim) each
         past_key_values: Cache | None = None,
+        residual: torch.Tensor | None = None,  # (B, T, H), which the output is added to
     ) -> torch.Tensor:
-        return self_attention(self, hidden_states, seen, angles, past_key_values)
+        return self_attention(self, hidden_states, seen, angles, past_key_values, residual)
 
 
 class DreamCrossAttentionBlock(GradientCheckpointingLayer):
