@@ -11,6 +11,7 @@ from double import TIGHT
 from families import FAMILIES, INEXACT, family
 from lossless import assert_counts_add_up, assert_same_tokens, gains, generate, stop_tokens
 from test_sampling import LIMIT, p_values
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import dream_hf
 from dream_hf import LayerSkipDrafter
@@ -191,4 +192,6 @@ def test_what_cannot_be_is_refused():
     other = family("llama").make_target(seed=1)
     with pytest.raises(ValueError, match="asked to draft for another model"):
         generate(other, family("llama").make_inputs(other), assistant_model=LayerSkipDrafter(target))
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
+    assert len(LayerSkipDrafter(gpt2, skip=[0, 1]).skip) == 4  # layers by another name
     assert LayerSkipDrafter(target, skip=[1]).skip == ["1.attention", "1.mlp"]
