@@ -60,7 +60,8 @@ def failing(kind: type[BaseException], at_call: int) -> Callable[[], None]:
 
 
 def num_tensors() -> int:
-    growth._level_prices.cache_clear()  # prices of at most 64 shapes of trees; which shapes occur is up to chance
+    for memo in (growth._level_prices, growth._starts_above):  # bounded; which shapes of trees occur is up to chance
+        memo.cache_clear()
     return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
 

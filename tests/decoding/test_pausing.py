@@ -186,7 +186,7 @@ def test_unread_text_is_joined_row_by_row():
         unread.add(tokens, tokens[..., None].float().expand(-1, -1, 2) / 2, counts)
     assert unread
     tokens, features, counts = unread.take()
-    assert counts == [4, 4] and tokens.shape == (2, 4) and features.shape == (2, 4, 2)
+    assert list(counts) == [4, 4] and tokens.shape == (2, 4) and features.shape == (2, 4, 2)
     assert tokens.tolist() == expected
     assert torch.equal(features[..., 1] * 2, tokens.float())
     assert not unread

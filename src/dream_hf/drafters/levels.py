@@ -117,6 +117,8 @@ def level_below(beams: Beams, scores: torch.Tensor, tokens: torch.Tensor, hidden
 def top_log_probs(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and tokens of the `top_k` likeliest successors, (B, n, V) -> (B, n, k) each."""
     scores, tokens = logits.topk(top_k, dim=-1)
+    if logits.dtype.itemsize < 4:  # sums of so many have no digits to lose
+        scores, logits = scores.float(), logits.float()
     return scores - logits.logsumexp(-1, keepdim=True), tokens
 
 

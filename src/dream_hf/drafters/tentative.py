@@ -25,9 +25,8 @@ class Draftable:
     never: tuple[int, ...] = ()
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) with those of other tokens left out or -inf, in float32 or better."""
+        """Logits (..., V) with those of other tokens left out or -inf."""
         logits = logits[..., : self.num_tokens]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         never = [token for token in self.never if token < logits.shape[-1]]
         if not never:
             return logits
