@@ -34,8 +34,8 @@ def sublayers(decoder: Any) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     shared = _shared_layers(decoder)
-    stacks = [list(stack) for stack in decoder.children() if isinstance(stack, nn.ModuleList)]
-    for index, layer in enumerate(max(stacks, key=len) if stacks else []):
+    stacks: list[Any] = [stack for stack in decoder.children() if isinstance(stack, nn.ModuleList)]
+    for index, layer in enumerate(max(stacks, key=len, default=())):
         for name, child in layer.named_children():
             if name in MLP_NAMES:
                 found.setdefault(f"{index}.{MLP}", child)
