@@ -34,8 +34,9 @@ def sublayers(decoder: Any) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     shared = _shared_layers(decoder)
-    stacks: list[Any] = [stack for stack in decoder.children() if isinstance(stack, nn.ModuleList)]
-    for index, layer in enumerate(max(stacks, key=len, default=())):
+    stacks = [list(stack) for stack in decoder.children() if isinstance(stack, nn.ModuleList)]
+    layers: list[Any] = max([[], *stacks], key=len)
+    for index, layer in enumerate(layers):
         for name, child in layer.named_children():
             if name in MLP_NAMES:
                 found.setdefault(f"{index}.{MLP}", child)
