@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from .drafters.eagle.configuration import EagleConfig as EagleConfig
     from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
     from .drafters.inspection import draft_log_probs as draft_log_probs
+    from .drafters.model.drafter import ModelDrafter as ModelDrafter
     from .drafters.retrieval.drafter import RetrievalDrafter as RetrievalDrafter
     from .drafters.retrieval.lookup import PromptLookupDrafter as PromptLookupDrafter
     from .drafters.retrieval.store import RetrievalStore as RetrievalStore
+    from .drafters.skip.drafter import LayerSkipDrafter as LayerSkipDrafter
     from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from .load_models import load_drafter as load_drafter
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
@@ -44,6 +46,8 @@ _MODULES = {
     "DreamTrainingArguments": "training.arguments",
     "EagleConfig": "drafters.eagle.configuration",
     "EagleDrafter": "drafters.eagle.drafter",
+    "LayerSkipDrafter": "drafters.skip.drafter",
+    "ModelDrafter": "drafters.model.drafter",
     "PromptLookupDrafter": "drafters.retrieval.lookup",
     "RetrievalDrafter": "drafters.retrieval.drafter",
     "RetrievalStore": "drafters.retrieval.store",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,6 +20,10 @@ from typing import Any
 _GENERATION = "transformers.generation.utils"
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _AUTO_MODEL = "transformers.models.auto.modeling_auto"
+
+_wants_inputs: ContextVar[bool] = ContextVar(
+    "dream_hf_wants_inputs", default=False
+)  # of the call that is being prepared
 
 
 def register() -> None:
@@ -36,7 +41,7 @@ def unregister() -> None:
         sys.meta_path.remove(_finder)
     module = sys.modules.get(_GENERATION)
     if module is not None:
-        for name in _HOOKS:
+        for name in filter(lambda name: hasattr(module.GenerationMixin, name), _HOOKS):
             owner = _owner(module.GenerationMixin, name)
             hooked = owner.__dict__[name]
             if getattr(hooked, "_is_dream_hook", False):
@@ -45,7 +50,8 @@ def unregister() -> None:
 
 def _hook_generation(module: ModuleType) -> None:
     for name, make in _HOOKS.items():
-        _hook(_owner(module.GenerationMixin, name), name, make)
+        if hasattr(module.GenerationMixin, name):
+            _hook(_owner(module.GenerationMixin, name), name, make)
 
 
 def _owner(mixin: type, name: str) -> type:
@@ -88,6 +94,8 @@ def _checking(validate_generation_mode: Callable) -> Callable:
                 f"`DreamDrafter.from_pretrained({str(assistant)!r})` for a drafter."
             )
         drafter = _drafter_in(assistant)
+        ours = drafter or _drafter_in(generation_mode_kwargs.get("drafter"))
+        _wants_inputs.set(ours is not None and ours.needs.inputs)
         if drafter is not None:
             from .decoding.requests import check_request
 
@@ -98,6 +106,24 @@ def _checking(validate_generation_mode: Callable) -> Callable:
         return validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return check
+
+
+def _keeping_inputs(prepare: Callable) -> Callable:
+    """`generate()` of transformers 5.24 encodes pictures and drops them; drafters that read them get them all the same."""
+
+    def prepare_and_keep(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not _wants_inputs.get():
+            return prepare(self, model_kwargs)
+        from .decoding.prompt import EncodedInputs
+
+        given = dict(model_kwargs)
+        prepared = prepare(self, model_kwargs)
+        if given.get("mm_encoder_outputs") is None:
+            encoded = prepared["mm_encoder_outputs"] = EncodedInputs(prepared["mm_encoder_outputs"])
+            encoded.given = {name: value for name, value in given.items() if name not in prepared}
+        return prepared
+
+    return prepare_and_keep
 
 
 def _refusing(generate_batch: Callable) -> Callable:
@@ -118,6 +144,7 @@ def _refusing(generate_batch: Callable) -> Callable:
 _HOOKS: dict[str, Callable[[Callable], Callable]] = {
     "_assisted_decoding": _dispatching,
     "_validate_generation_mode": _checking,
+    "_prepare_multimodal_encoder_kwargs_for_generation": _keeping_inputs,
     "generate_batch": _refusing,
 }
 

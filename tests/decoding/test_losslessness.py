@@ -22,6 +22,7 @@ from lossless import (
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import LogitsProcessor, StoppingCriteria, stopping_criteria
 
+from dream_hf import PromptLookupDrafter, RetrievalDrafter
 from dream_hf.targets.target import Target
 
 TEXT_LEN = 40  # five times the sliding windows
@@ -143,9 +144,8 @@ def test_prompts_as_embeddings(name, batch):
         settings = {"max_new_tokens": NUM_NEW, "do_sample": False}
         only = {key: value for key, value in inputs.items() if key != "input_ids"} | {"inputs_embeds": embeds}
         expected = target.generate(**only, **settings)
-        assert torch.equal(
-            target.generate(**only, **settings, assistant_model=untrained(target, **SMALL_TREE)), expected
-        )
+        for drafter in (untrained(target, **SMALL_TREE), RetrievalDrafter(), PromptLookupDrafter()):
+            assert torch.equal(target.generate(**only, **settings, assistant_model=drafter), expected)
     assert_lossless(target, inputs | {"inputs_embeds": embeds}, drafts=["tree"])
 
 

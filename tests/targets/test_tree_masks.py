@@ -153,7 +153,11 @@ def test_the_mask_function(lengths, window):
     function = tree_mask_function(scope, own, q_offset)
     rows, queries = torch.arange(2)[:, None, None], torch.arange(8)[None, :, None] + q_offset
     slots = torch.arange(q_offset + 8)[None, None]
-    assert torch.equal(function(rows, 0, queries, slots), by_hand(lengths, tree, window))
+    whole = function(rows, 0, queries, slots)
+    assert torch.equal(whole, by_hand(lengths, tree, window))
+    last = TreeScope(scope.lengths, tree.depths, tree.ancestors[:, 5:])  # the last three, behind five in their slots
+    function = tree_mask_function(last, own, q_offset + 5)
+    assert torch.equal(function(rows, 0, queries[:, 5:], slots), whole[:, 5:])
 
 
 @pytest.mark.parametrize("place", ["registered", "local before the scope", "local during the scope"])

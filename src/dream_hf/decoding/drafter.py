@@ -6,13 +6,14 @@ here, and a drafter knows nothing of the loop. B rows, T tokens, N nodes, H widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from ..runtime.compilation import Settings as CompileSettings
+from ..runtime.slots import Slots
 from ..targets.target import Target
 from .settings import DraftSettings
 from .tree import DraftTree
@@ -29,6 +30,8 @@ class Needs:
         attention (`bool`): What each token of a prompt with pictures receives in the last layer's attention.
         num_likeliest (`int`): How many of the target's likeliest tokens it wants after every verified node.
         positions (`bool`): The positions of the prompt's tokens, where the target has given them any.
+        inputs (`bool`): What the target reads beside the tokens, pictures above all, as `generate()` was given it.
+        cache (`bool`): The target's own cache to draft in. The target's forwards are not compiled then.
     """
 
     layers: tuple[int, ...] = ()
@@ -36,12 +39,29 @@ class Needs:
     attention: bool = False
     num_likeliest: int = 0
     positions: bool = False
+    inputs: bool = False
+    cache: bool = False
 
     def last_features(self, features: torch.Tensor | None) -> torch.Tensor | None:
         """Of features (B, T, layers * H) those after the final norm, (B, T, H), if they are among them."""
         if features is None or -1 not in self.layers:
             return None
         return features.chunk(len(self.layers), dim=-1)[self.layers.index(-1)]
+
+
+class NodeForward(Protocol):
+    """A model's forwards over nodes behind what its cache holds, which are taken back afterwards."""
+
+    slots: Slots
+
+    def draft(self, tokens: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor) -> Any:
+        """The model's outputs for `tokens` (B, Q), the last of N nodes whose others stand in the tentative slots.
+
+        `depths` are (N,), 0 for what follows the cache's last token, and `ancestors` (B, Q, N), themselves included.
+        """
+
+    def take_back(self) -> None:
+        """Empty the tentative slots."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,14 @@ class Prefill:
     longest_text: int | None = None
     compilation: CompileSettings | None = None
     earlier: DraftSession | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    forward: NodeForward | None = None
+
+    @property
+    def is_text(self) -> torch.Tensor:
+        """False at tokens that are padding or pictures, (B, T), beside `token_ids`."""
+        real = self.real[:, self.real.shape[1] - self.token_ids.shape[1] :]
+        return real.to(self.token_ids.device) & ~self.is_visual
 
 
 @dataclass(frozen=True)

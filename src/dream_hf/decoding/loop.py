@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..targets.target import Target, sliding_windows
 from .draft_schedule import DraftSchedule
 from .drafter import Drafter, DraftSession, Verified
 from .outputs import DreamGenerateOutput, Recorder
-from .prompt import watching_prompt
+from .prompt import inputs_of, watching_prompt
 from .requests import check_cache, check_length, check_request, compile_settings
 from .sampling import Accepted, Sampler, is_pure
 from .sequences import Sequences
@@ -77,7 +78,7 @@ def dream_generate(
     target, needs = Target(model), drafter.needs
     with ExitStack() as ending, ExitStack() as recording, torch.no_grad():
         record = recording.enter_context(target.recording(needs.layers, needs.embeds, needs.positions))
-        compilation = compile_settings(target, drafter.settings, generation_config, synced_gpus)
+        compilation = compile_settings(target, drafter, generation_config, synced_gpus)
         forward = make_target_forward(target, drafter, compilation, input_ids.shape[0], record)
         judges, arguments = (logits_processor, stopping_criteria), forward.arguments(model_kwargs)
         decoding = _Decoding(target, drafter, forward, input_ids, *judges, generation_config, arguments)
@@ -176,6 +177,8 @@ class _Decoding:
                 self.forward.longest_text,
                 self.forward.compilation,
             )
+            inputs = inputs_of(kwargs) if self.drafter.needs.inputs and not past_length else {}
+            prefill = replace(prefill, inputs=inputs, forward=self.forward if self.drafter.needs.cache else None)
             self.session = self.drafter.start(prefill, self.drafter.settings)
 
     def step(self) -> None:

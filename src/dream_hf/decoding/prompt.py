@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +10,27 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from ..compat import CACHE
 from ..runtime.compilation import Settings as CompileSettings
 from ..targets.attention_statistics import attention_received, observe_attention
 from ..targets.target import DecoderRecord, Target
 from .drafter import Drafter, Prefill
 from .turns import recall
+
+
+class EncodedInputs(dict):
+    """What a target's towers made of pictures before its forward, and what they were given."""
+
+    given: Mapping[str, Any] = {}
+
+
+def inputs_of(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a prompt consists of beside its tokens, as `generate()` was given it; nothing where that is not known."""
+    encoded = model_kwargs.get("mm_encoder_outputs") or EncodedInputs()
+    if not isinstance(encoded, EncodedInputs):
+        return {}
+    kept = {name: value for name, value in model_kwargs.items() if name not in (CACHE, "mm_encoder_outputs")}
+    return {**kept, **encoded.given}
 
 
 @dataclass

@@ -96,15 +96,17 @@ def check_cache(cache: Any) -> None:
 
 
 def compile_settings(
-    target: Target, settings: DraftSettings, generation_config: GenerationConfig, synced_gpus: bool
+    target: Target, drafter: Drafter, generation_config: GenerationConfig, synced_gpus: bool
 ) -> CompileSettings | None:
     """How the target's forwards are to be compiled; None where they are not, with a warning if they were meant to be."""
-    compilation = chosen_settings(settings.compile, generation_config.compile_config)
+    compilation = chosen_settings(drafter.settings.compile, generation_config.compile_config)
     if compilation is None or generation_config.disable_compile:
         return None
     reason = missing_compiler(compilation, target.model.device) or uncompilable(target.model) or not_in_graphs(target)
     if reason is None and generation_config.output_attentions:
         reason = "`output_attentions=True` wants attention to the filled part of the cache"
+    if reason is None and drafter.needs.cache:
+        reason = "the drafter drafts in the target's own cache"
     if reason is None and synced_gpus:
         reason = "`synced_gpus=True` needs forwards that keep their hooks"
     if reason is None:

@@ -100,7 +100,29 @@ class TargetForward:
             tree = self._pad(tree)
             lengths = self.slots.tensor(tree.tokens.device)
             with tree_scope(TreeScope(lengths, tree.depths, tree.ancestors)):
-                return self._run(self._inputs(tree, lengths), tree.num_nodes)
+                return self._run(self._inputs(tree.tokens, tree.depths, lengths), tree.num_nodes)
+
+    def draft(self, tokens: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor) -> Any:
+        """The outputs for `tokens` (B, Q), the last of N nodes whose others stand in the tentative slots, where these go, too.
+
+        `depths` are (N,) and `ancestors` (B, Q, N). Nothing is proven here: what comes of it is a draft.
+        """
+        lengths = self.slots.tensor(tokens.device)
+        depths = depths.expand(tokens.shape[0], -1)
+        inputs = self._inputs(tokens, depths, lengths)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0
+        with tree_scope(TreeScope(lengths, depths, ancestors)):
+            outputs = self.target.model(**inputs, return_dict=True)
+        self.slots.extend(tokens.shape[1])
+        return outputs
+
+    def take_back(self) -> None:
+        """Empty the tentative slots. Where rows differ no number that a draft may have spoilt is left beside longer ones."""
+        if self.slots.longest != self.slots.shortest:
+            for layer in self.layers:
+                layer.clear()
+        self.slots.rollback()
 
     def features(self, outputs: Any) -> torch.Tensor | None:
         """Features (B, N, layers * H) of the nodes in the last forward, whose outputs these are; None where none are wanted."""
@@ -115,14 +137,17 @@ class TargetForward:
             for layer in self.layers:
                 layer.keep(path)
 
-    def _inputs(self, tree: DraftTree, lengths: torch.Tensor) -> dict[str, Any]:
-        """What the target's forward takes for the nodes of a tree behind `lengths` (B,) verified slots."""
-        kwargs = dict(self.kwargs)
+    def _inputs(self, tokens: torch.Tensor, depths: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
+        """What the target's forward takes for `tokens` (B, Q), the last nodes of a tree behind `lengths` (B,) verified slots.
+
+        `depths` (B, N) are those of all nodes.
+        """
+        kwargs, num_new = dict(self.kwargs), tokens.shape[1]
         if self.prompt_mask is not None:
-            num_new = self.slots.longest + tree.num_nodes - self.prompt_mask.shape[1]
-            kwargs["attention_mask"] = torch.nn.functional.pad(self.prompt_mask, (0, num_new), value=1)
+            num_slots = self.slots.longest + depths.shape[1] - self.prompt_mask.shape[1]
+            kwargs["attention_mask"] = torch.nn.functional.pad(self.prompt_mask, (0, num_slots), value=1)
         if self.root_positions is not None:
-            ahead = (lengths - self.prompt_slots)[:, None] + tree.depths
+            ahead = (lengths - self.prompt_slots)[:, None] + depths[:, -num_new:]
             if (
                 self.longest_text is not None
             ):  # what lies behind the last token that is ever read need not have a place
@@ -130,12 +155,12 @@ class TargetForward:
             kwargs["position_ids"] = self.root_positions + ahead
         for name in TOKEN_TYPES:
             if kwargs.get(name) is not None:
-                kwargs[name] = kwargs[name].expand(-1, tree.num_nodes)
+                kwargs[name] = kwargs[name].expand(-1, num_new)
         inputs = self.target.model.prepare_inputs_for_generation(
-            tree.tokens, next_sequence_length=tree.num_nodes, is_first_iteration=False, **kwargs
+            tokens, next_sequence_length=num_new, is_first_iteration=False, **kwargs
         )
         if inputs.get("position_ids") is None:
-            inputs["position_ids"] = self.target.own_positions(lengths[:, None] + tree.depths)
+            inputs["position_ids"] = self.target.own_positions(lengths[:, None] + depths[:, -num_new:])
         return inputs
 
     def _pad(self, tree: DraftTree) -> DraftTree:

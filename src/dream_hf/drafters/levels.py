@@ -77,7 +77,14 @@ def first_level(
     head: TargetHead, root_features: torch.Tensor, lengths: torch.Tensor, num_columns: int, top_k: int
 ) -> SlotLevel:
     """The likeliest tokens below the root, from its features (B, 1, H), in rows of `lengths` (B,) verified tokens."""
-    scores, tokens = _top_log_probs(head, root_features, top_k)  # (B, 1, k) each
+    return level_below_root(*_top_of(head, root_features, top_k), root_features, lengths, num_columns)
+
+
+def level_below_root(
+    scores: torch.Tensor, tokens: torch.Tensor, root_features: torch.Tensor, lengths: torch.Tensor, num_columns: int
+) -> SlotLevel:
+    """The level of the root's likeliest successors, (B, 1, k) each; features are (B, 1, H), of any H."""
+    top_k = tokens.shape[-1]
     verified = torch.arange(num_columns, device=lengths.device) < lengths[:, None]
     own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
     tokens, scores = tokens[:, 0], scores[:, 0]  # which are all there are
@@ -88,7 +95,12 @@ def first_level(
 
 def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> SlotLevel:
     """The children of `beams`, whose features are `hidden` (B, m, H), `top_k` of each."""
-    scores, tokens = _top_log_probs(head, hidden, top_k)  # (B, m, top_k) each
+    return level_below(beams, *_top_of(head, hidden, top_k), hidden)
+
+
+def level_below(beams: Beams, scores: torch.Tensor, tokens: torch.Tensor, hidden: torch.Tensor) -> SlotLevel:
+    """The level of the likeliest successors of `beams`, (B, m, top_k) each; features are `hidden` (B, m, H), of any H."""
+    top_k = tokens.shape[-1]
     tokens, scores = tokens.flatten(1), (scores + beams.scores[..., None]).flatten(1)
     own = beams.own + hidden.shape[1]
     if hidden.shape[1] == 1:  # its children are all there are
@@ -102,12 +114,14 @@ def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int)
     return SlotLevel(tokens, scores, best, tokens.gather(1, best), best_scores, features, seen, own)
 
 
-def _top_log_probs(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, relative to what may be drafted, and tokens of the `top_k` likeliest successors.
-
-    (B, n, H) -> (B, n, k) each.
-    """
-    logits = head.logits(features).to(features.device)
+def top_log_probs(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and tokens of the `top_k` likeliest successors, (B, n, V) -> (B, n, k) each."""
     dtype = torch.promote_types(logits.dtype, torch.float32)  # sums of so many have no digits to lose
     scores, tokens = logits.log_softmax(-1, dtype=dtype).topk(top_k, dim=-1)
+    return scores, tokens
+
+
+def _top_of(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from features (B, n, H), relative to what may be drafted, on their device."""
+    scores, tokens = (part.to(features.device) for part in top_log_probs(head.logits(features), top_k))
     return scores, tokens if head.token_ids is None else head.token_ids[tokens]

@@ -13,7 +13,7 @@ from ..runtime.counts import Counts
 
 @dataclass
 class PendingTokens:
-    """Tokens that were gained and that the drafter has yet to read, step by step, with the features below them."""
+    """Tokens that were gained and that the drafter has yet to read, step by step, with the features below them, of any H."""
 
     tokens: list[torch.Tensor] = field(default_factory=list)  # (B, T) each
     features: list[torch.Tensor] = field(default_factory=list)  # (B, T, H) each

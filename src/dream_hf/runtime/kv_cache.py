@@ -112,6 +112,15 @@ class SlotLayer(DynamicLayer):
         source = start + path.to(self.keys.device)
         self._move(source, start + torch.arange(num_kept, device=self.keys.device))
 
+    def clear(self) -> None:
+        """Put zeros into the tentative slots: a key that nobody sees must not be NaN, since nothing times NaN is NaN."""
+        num_slots = self.slots.tentative
+        self.reserve(0)  # not all layers have written there
+        first = self.slots.tensor(self.keys.device)[:, None] - self.dropped
+        places = first + torch.arange(num_slots, device=self.keys.device)
+        for buffer in (self.keys, self.values):
+            _write(buffer, places, buffer.new_zeros(*buffer.shape[:2], num_slots, buffer.shape[3]))
+
     def move(self) -> None:
         """Make the move that waits for the next forward, in fixed buffers."""
         if self.is_fixed and self.slots.path_size > 1:

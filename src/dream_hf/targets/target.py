@@ -299,18 +299,18 @@ def rescale_tree_queries(module: Any, queries: torch.Tensor) -> torch.Tensor:
     scope = current_tree()
     if scope is None:
         return queries
-    if queries.shape[:2] != scope.depths.shape:
+    if queries.shape[:2] != scope.ancestors.shape[:2]:
         raise RuntimeError(
             f"`{type(module).__name__}` scales queries of shape {tuple(queries.shape)} in a forward over "
-            f"{tuple(scope.depths.shape)} nodes; use another target, or generate without `assistant_model`."
+            f"{tuple(scope.ancestors.shape[:2])} nodes; use another target, or generate without `assistant_model`."
         )
 
     def scale(slots: torch.Tensor) -> torch.Tensor:
         return torch.log1p(torch.floor((slots.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
     scope = scope.to(queries.device)
-    slots = scope.lengths.max() + torch.arange(queries.shape[1], device=scope.lengths.device)
-    ratio = scale(scope.lengths[:, None] + scope.depths) / scale(slots)
+    places = torch.arange(scope.depths.shape[1], device=scope.lengths.device)[-scope.num_queries :]
+    ratio = scale(scope.lengths[:, None] + scope.depths[:, places]) / scale(scope.lengths.max() + places)
     return (queries * ratio[..., None]).to(queries.dtype)
 
 

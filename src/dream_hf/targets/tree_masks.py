@@ -28,11 +28,19 @@ from .lookups import ScopedWrap, wrapped_lookup
 
 @dataclass(frozen=True)
 class TreeScope:
-    """A tree being verified: `lengths` (B,) verified slots, `depths` (B, N) and `ancestors` (B, N, N) of its nodes."""
+    """A tree, of whose N nodes the last Q are run over and the others have been: all of them where a tree is verified.
+
+    `lengths` (B,) are the verified slots, `depths` (B, N) those of the nodes, and `ancestors` (B, Q, N) those of the last Q.
+    """
 
     lengths: torch.Tensor
     depths: torch.Tensor
     ancestors: torch.Tensor
+
+    @property
+    def num_queries(self) -> int:
+        """Nodes that are run over."""
+        return self.ancestors.shape[1]
 
     def to(self, device: torch.device | str) -> TreeScope:
         """The same on another device."""
@@ -75,7 +83,7 @@ def tree_masks_available(decoder: nn.Module, text_config: Any, noted: ArgumentRe
 
 @contextmanager
 def tree_scope(scope: TreeScope) -> Iterator[None]:
-    """Forwards of N new tokens in the block treat them as the nodes of a tree."""
+    """Forwards of Q new tokens in the block treat them as the last nodes of a tree."""
     token, masks = _tree.set(scope), _tree_masks.set([])
     try:
         yield
@@ -172,6 +180,7 @@ def tree_mask_function(scope: TreeScope, mask_function: Callable, q_offset: int)
     is `lengths[b]` plus its depth, so that sliding windows and chunks cut where they would in plain decoding.
     """
     num_nodes = scope.depths.shape[1]
+    num_before = num_nodes - scope.num_queries
 
     def inner(batch_idx, head_idx, q_idx, kv_idx):
         length = scope.lengths[batch_idx]
@@ -180,7 +189,7 @@ def tree_mask_function(scope: TreeScope, mask_function: Callable, q_offset: int)
         is_verified = key < 0
         is_ancestor = (key < num_nodes) & scope.ancestors[batch_idx, query, key_node]
         key_position = torch.where(is_verified, kv_idx, length + scope.depths[batch_idx, key_node])
-        query_position = length + scope.depths[batch_idx, query]
+        query_position = length + scope.depths[batch_idx, num_before + query]
         return (is_verified | is_ancestor) & mask_function(batch_idx, head_idx, query_position, key_position)
 
     return inner
@@ -193,7 +202,7 @@ def _wrap_mask(name: str, build_mask: Callable) -> Callable:
 
     @wraps(build_mask)
     def build_tree_mask(*args, **kwargs):
-        if kwargs.get("q_length") != scope.depths.shape[1]:
+        if kwargs.get("q_length") != scope.num_queries:
             return build_mask(*args, **kwargs)
         kwargs["mask_function"] = tree_mask_function(
             scope.to(kwargs.get("device", scope.depths.device)),

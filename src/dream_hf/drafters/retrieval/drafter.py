@@ -88,8 +88,7 @@ class RetrievalSession(DraftSession):
 
     def __init__(self, drafter: RetrievalDrafter, prefill: Prefill, settings: DraftSettings):
         self.drafter, self.settings = drafter, settings
-        real = prefill.real[:, -prefill.token_ids.shape[1] :].to(prefill.token_ids.device)
-        prompts = prefill.token_ids.masked_fill(~real | prefill.is_visual, UNKNOWN).tolist()
+        prompts = prefill.token_ids.masked_fill(~prefill.is_text, UNKNOWN).tolist()
         earlier = prefill.earlier
         self.likeliest: LikeliestTokens
         self.texts: list[GrowingText]

@@ -37,8 +37,7 @@ class LookupSession(DraftSession):
     """The tokens of every row so far."""
 
     def __init__(self, prefill: Prefill, max_match: int, settings: DraftSettings):
-        real = prefill.real[:, -prefill.token_ids.shape[1] :].to(prefill.token_ids.device)
-        prompts = prefill.token_ids.masked_fill(~real | prefill.is_visual, UNKNOWN)
+        prompts = prefill.token_ids.masked_fill(~prefill.is_text, UNKNOWN)
         rows = torch.cat([prompts, prefill.first_tokens], dim=1).tolist()
         if isinstance(prefill.earlier, LookupSession):  # which knows the first of these tokens
             rows = [before + new[1:] for before, new in zip(prefill.earlier.rows, rows, strict=True)]

@@ -1,0 +1,1 @@
+"""Drafting with another model of transformers: a smaller one of the family, or a text-only one."""

@@ -1,0 +1,83 @@
+"""`ModelDrafter`: a smaller model drafts for a larger one."""
+
+from __future__ import annotations
+
+from transformers.modeling_utils import PreTrainedModel
+
+from ...decoding.drafter import Drafter, Needs, Prefill
+from ...decoding.settings import DraftSettings
+from ...targets.pictures import other_pictures
+from ...targets.suitability import unsuitable
+from ...targets.target import Target
+from ..tentative import Draftable
+from .session import ModelSession
+
+DEFAULTS = DraftSettings(tree_depth=5, tree_top_k=4, tree_size=20, tree_min_level_probability=0.4)
+PADDING = 1024  # by which the vocabularies of two models with one tokenizer may differ
+
+
+class ModelDrafter(Drafter):
+    """Drafts trees with another model on its own cache: a smaller vision-language model of the target's family, or a
+    text-only model, which drafts from the text alone.
+
+    Its forwards are not compiled, whatever `compile` says; the target's are. A turn of a chat that goes on from the target's
+    cache is read anew, without the pictures of earlier turns.
+
+    Args:
+        model (`PreTrainedModel`): The model that drafts, of the target's vocabulary.
+        use_pictures (`bool`): Let a vision-language model read the target's pictures, too.
+        settings (`DraftSettings`, *optional*): How to draft.
+
+    Raises:
+        ValueError: A model that trees cannot be drafted with.
+    """
+
+    def __init__(self, model: PreTrainedModel, use_pictures: bool = True, settings: DraftSettings | None = None):
+        reason = unsuitable(model)
+        if reason is not None:
+            raise ValueError(f"`model` cannot draft: {reason}")
+        self.model, self.use_pictures = Target(model), use_pictures
+        self._settings = settings or DEFAULTS
+
+    @property
+    def settings(self) -> DraftSettings:
+        return self._settings
+
+    @property
+    def needs(self) -> Needs:
+        """The pictures."""
+        return Needs(inputs=self._reads_pictures)
+
+    def check(self, target: PreTrainedModel, settings: DraftSettings) -> None:
+        """Refuse a target of another vocabulary, or one that takes other numbers of tokens for a picture."""
+        name, view = type(self.model.model).__name__, Target(target)
+        ours, theirs = self.model.text_config.vocab_size, view.text_config.vocab_size
+        if abs(ours - theirs) > PADDING:
+            raise ValueError(
+                f"`model` (`{name}`) has a vocabulary of {ours} tokens and the target one of {theirs}. Use a model of the "
+                "target's family."
+            )
+        if settings.tree_top_k > min(ours, theirs):
+            raise ValueError(
+                f"`tree_top_k` ({settings.tree_top_k}) must not exceed the model's `vocab_size` ({min(ours, theirs)})."
+            )
+        if self.model.model is target and self.model.length_dependent_rotaries:
+            raise ValueError(
+                f"`{name}` keeps angles of its longest text (`rope_type` dynamic or longrope), so that it cannot draft for "
+                "itself. Load `model` a second time."
+            )
+        reason = other_pictures(self.model.model.config, view.model.config) if self._reads_pictures else None
+        if reason is not None:
+            raise ValueError(
+                f"`model` (`{name}`) cannot read the target's pictures: {reason}. Pass `use_pictures=False`, so that it "
+                "drafts from the text alone, or use a model of the target's family."
+            )
+
+    @property
+    def _reads_pictures(self) -> bool:
+        return self.use_pictures and bool(self.model.visual_ids)
+
+    def start(self, prefill: Prefill, settings: DraftSettings) -> ModelSession:
+        num_tokens = min(self.model.text_config.vocab_size, prefill.target.text_config.vocab_size)
+        draftable = Draftable(num_tokens, tuple(prefill.target.visual_ids))
+        return ModelSession(self.model, prefill, settings, draftable, self._reads_pictures)
