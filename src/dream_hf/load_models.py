@@ -149,8 +149,9 @@ def _make_drafter(name: str, models: Models, revision: str | None) -> Drafter:
         return LayerSkipDrafter(models.target)
     if name.startswith(MODEL):
         target = models.target
-        model, _ = _load_target(name.removeprefix(MODEL), target.dtype, revision, None, {"": target.device})
-        return ModelDrafter(model.eval())
+        source = name.removeprefix(MODEL)
+        model, processor = _load_target(source, target.dtype, revision, None, {"": target.device})
+        return ModelDrafter(model.eval(), processor, models.processor)
     return load_drafter(name, models.target, revision=revision)
 
 
