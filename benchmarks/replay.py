@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dream_hf.decoding.settings import DraftSettings
-from dream_hf.drafters.retrieval.best_first import Nodes
+from dream_hf.drafters.best_first import Nodes
 from dream_hf.drafters.retrieval.drafter import DEFAULTS
 from dream_hf.drafters.retrieval.mixture import Mixture
 from dream_hf.drafters.retrieval.store import RetrievalStore

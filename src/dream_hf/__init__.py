@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .decoding.outputs import DreamGenerateOutput as DreamGenerateOutput
     from .decoding.settings import DraftSettings as DraftSettings
     from .decoding.tree import DraftTree as DraftTree
+    from .drafters.combined import CombinedDrafter as CombinedDrafter
     from .drafters.dream.configuration import DreamConfig as DreamConfig
     from .drafters.dream.drafter import DreamDrafter as DreamDrafter
     from .drafters.eagle.configuration import EagleConfig as EagleConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .training.trainer import DreamTrainer as DreamTrainer
 
 _MODULES = {
+    "CombinedDrafter": "drafters.combined",
     "DraftSession": "decoding.drafter",
     "DraftSettings": "decoding.settings",
     "DraftTree": "decoding.tree",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,14 +16,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import find_adapter_config_file
 
 from .decoding.drafter import Drafter
+from .drafters.combined import CombinedDrafter
 from .drafters.detection import EAGLE, OUR_MODEL_TYPES, kind_of
 from .drafters.dream.conversion import convert_checkpoint
 from .drafters.dream.drafter import DreamDrafter
 from .drafters.eagle.drafter import EagleDrafter
 from .drafters.eagle.loading import load_eagle
+from .drafters.model.drafter import ModelDrafter
 from .drafters.published_files import read_published_config, read_tensors
+from .drafters.retrieval.drafter import RetrievalDrafter
+from .drafters.skip.drafter import LayerSkipDrafter
 
 DEMO = "demo"
+RETRIEVAL, SKIP, MODEL = "retrieval", "skip", "model:"  # drafters that are made and not loaded
 BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
 
 
@@ -51,7 +56,9 @@ def load_models(
     Args:
         target (`str`): Folder or Hub id; `"demo"` for the bundled target. Of PEFT adapters (what trl saves) the model that
             they were trained on is loaded, and they are merged into it.
-        drafter (`str`, *optional*): Folder or Hub id of what [`load_drafter`] loads; `"demo"` for the bundled drafter.
+        drafter (`str`, *optional*): Folder or Hub id of what [`load_drafter`] loads; `"demo"` for the bundled drafter;
+            `"retrieval"`, `"skip"` or `"model:"` with the folder or Hub id of another model for drafters without training;
+            several of these with `+` between them for a [`CombinedDrafter`].
         dtype (`str` or `torch.dtype`): Of both; `"auto"` takes the target's own.
         device (`str`, *optional*): Of both; by default the accelerator where there is one. `"auto"` spreads the target over
             all accelerators; the drafter then goes to the first.
@@ -67,12 +74,15 @@ def load_models(
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
     target_source = _source(target, "target")
-    _source(drafter, "drafter")  # before the target is loaded for nothing
+    names = _drafter_names(drafter)
+    for name in names:
+        _source(name, "drafter")  # before the target is loaded for nothing
     model, processor = _load_target(target_source, pick_dtype(dtype), revision, attn_implementation, device_map)
-    model = model.eval()
-    if drafter is None:
-        return Models(model, processor, None)
-    return Models(model, processor, load_drafter(drafter, model, revision=drafter_revision))
+    models = Models(model.eval(), processor, None)
+    drafters = [_make_drafter(name, models, drafter_revision) for name in names]
+    if len(drafters) > 1:
+        return replace(models, drafter=CombinedDrafter(drafters))
+    return replace(models, drafter=drafters[0] if drafters else None)
 
 
 def load_drafter(
@@ -122,6 +132,27 @@ def load_drafter(
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
     drafter.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size  # it borrows embedding and head
     return drafter.to(target.device).eval()
+
+
+def _drafter_names(drafter: str | None) -> list[str]:
+    """The names of drafters that are joined by `+`; a folder whose own name has one stays whole."""
+    if drafter is None:
+        return []
+    return [drafter] if Path(drafter).exists() else drafter.split("+")
+
+
+def _make_drafter(name: str, models: Models, revision: str | None) -> Drafter:
+    """One drafter by its name on a command line."""
+    if name == RETRIEVAL:
+        return RetrievalDrafter()
+    if name == SKIP:
+        return LayerSkipDrafter(models.target)
+    if name.startswith(MODEL):
+        target = models.target
+        source = name.removeprefix(MODEL)
+        model, processor = _load_target(source, target.dtype, revision, None, {"": target.device})
+        return ModelDrafter(model.eval(), processor, models.processor)
+    return load_drafter(name, models.target, revision=revision)
 
 
 def _check_kind(source: str, config: Mapping[str, Any], names: Set[str]) -> None:

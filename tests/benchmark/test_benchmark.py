@@ -242,6 +242,8 @@ def test_a_blind_drafter_is_not_shown_the_picture(target, drafter):
         ({"names": ["dream_tree"]}, "`drafter` is needed"),
         ({"names": ["plain"], "trees": [(2, 2, 2)]}, "`drafter` is needed"),
         ({"names": ["assisted"]}, "`assistant` is needed"),
+        ({"names": ["model"]}, "`assistant` is needed for the method 'model'"),
+        ({"names": ["retrieval+dream"]}, r"`drafter` is needed for \['retrieval\+dream'\]"),
     ],
 )
 def test_methods_that_cannot_be_made(target, options, message):

@@ -15,7 +15,7 @@ from processors import make_image, train_tokenizer
 from tiny_pair import picture_row, save_pair, tiny_target
 from transformers import TrainingArguments
 
-from dream_hf import DreamDrafter
+from dream_hf import CombinedDrafter, DreamDrafter
 from dream_hf.cli import main
 from dream_hf.cli.main import COMMANDS
 from dream_hf.cli.train_parser import TrainParser
@@ -138,6 +138,20 @@ def test_generate_with_several_pictures(folders, picture, capsys):
     assert drafted["text"] == plain["text"] == answer
     assert sum(drafted["accepted_lengths"]) == drafted["num_tokens"] - 1
     assert plain["tau"] is None and plain["accepted_lengths"] is None
+
+
+def test_drafters_without_training_by_name(folders, picture, capsys):
+    arguments = ["--image", picture, "--prompt", "hello", "--max-new-tokens", "8", "--device", "cpu", "--json"]
+    answer = expected_answer("hello", [make_image(color="blue")], 8)
+    for drafter in ("retrieval", "skip", f"model:{folders[0]}", f"retrieval+skip+{folders[1]}"):
+        assert main(["generate", "--target", str(folders[0]), "--drafter", drafter, *arguments]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["text"] == answer and said["tau"] >= 1.0
+        drafted = load_models(str(folders[0]), drafter, device="cpu").drafter
+        assert isinstance(drafted, CombinedDrafter) == ("+" in drafter)
+    assert len(drafted.drafters) == 3 and isinstance(drafted.drafters[-1], DreamDrafter)
+    refused = refusal(capsys, "generate", "--target", str(folders[0]), "--drafter", "retrieval+nowhere/x", *arguments)
+    assert "nowhere/x" in refused
 
 
 def test_generate_for_a_text_only_target(tmp_path, capsys):

@@ -284,7 +284,7 @@ def test_demo_refuses_options_that_make_no_sense(bundled, picture, tmp_path, cap
     assert "is a folder" in refusal_in_one_line(capsys, "demo", "--save", str(tmp_path / "folder.png"))
     for name in ("out.txt", "out", "out.psd"):  # Pillow can read the last, and not write it
         assert "must end as a picture does" in refusal_in_one_line(capsys, "demo", "--save", str(tmp_path / name))
-    assert "belong together" in refusal_in_one_line(capsys, "demo", "--target", "demo")
+    assert "`--target` needs `--drafter`" in refusal_in_one_line(capsys, "demo", "--target", "demo")
     assert "no floating-point dtype" in refusal(capsys, "demo", "--dtype", "int8")
     assert "cannot be used here" in refusal(capsys, "demo", "--device", "nonsense")
 

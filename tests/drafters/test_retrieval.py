@@ -23,8 +23,7 @@ from dream_hf import RetrievalDrafter, RetrievalStore
 from dream_hf.decoding.drafter import Verified
 from dream_hf.decoding.settings import DraftSettings
 from dream_hf.decoding.tree import DraftTree
-from dream_hf.drafters.retrieval.best_first import best_nodes
-from dream_hf.drafters.retrieval.drafter import tree_of
+from dream_hf.drafters.best_first import best_nodes, tree_of
 from dream_hf.drafters.retrieval.likeliest import LikeliestTokens
 from dream_hf.drafters.retrieval.mixture import Mixture, Source
 from dream_hf.drafters.retrieval.ngrams import NgramIndex

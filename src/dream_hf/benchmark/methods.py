@@ -9,13 +9,20 @@ from typing import Any
 from transformers.generation.configuration_utils import CompileConfig
 
 from ..decoding.drafter import Drafter
+from ..drafters.combined import CombinedDrafter
 from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.dream.reading import Reading
+from ..drafters.model.drafter import ModelDrafter
+from ..drafters.retrieval.drafter import RetrievalDrafter
+from ..drafters.skip.drafter import LayerSkipDrafter
 from ..targets.target import VISUAL_TOKEN_IDS, unwrap
 from .blind import BlindDrafter
 
 COMPILED_METHODS = ("plain_compiled", "dream_tree_compiled")
-METHODS = ("plain", "plain_static", "prompt_lookup", "assisted", "dream_chain", "dream_tree", *COMPILED_METHODS)
+RETRIEVAL, RETRIEVAL_DREAM, MODEL, SKIP = "retrieval", "retrieval+dream", "model", "skip"
+UNTRAINED_METHODS = (RETRIEVAL, RETRIEVAL_DREAM, MODEL, SKIP)
+METHODS: tuple[str, ...] = ("plain", "plain_static", "prompt_lookup", "assisted", "dream_chain", "dream_tree")
+METHODS += COMPILED_METHODS + UNTRAINED_METHODS
 PROMPT_LOOKUP_TOKENS = 10
 BLIND = "dream_tree blind"
 READING = [field.name for field in fields(Reading)]
@@ -78,7 +85,7 @@ def make_methods(
         names (`Sequence[str]`): Out of `METHODS`.
         target (`PreTrainedModel`): What decodes.
         drafter (`DreamDrafter`, *optional*): For the DREAM methods; a `PeftModel` around one is looked through.
-        assistant (`PreTrainedModel`, *optional*): For `"assisted"`, transformers' own assisted generation.
+        assistant (`PreTrainedModel`, *optional*): For `"assisted"`, transformers' own assisted generation, and `"model"`.
         trees (`Sequence[tuple]`): Further shapes (depth, top_k, size) to run the tree method with.
         keep_ratios (`Sequence[float]`): Further shares of the visual tokens to run the tree method with.
         with_blind (`bool`): Also run the tree method with the drafter's visual tokens blanked.
@@ -89,13 +96,14 @@ def make_methods(
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise ValueError(f"`methods` has {unknown}; there are {list(METHODS)}.")
-    needs_drafter: list[Any] = [*(name for name in names if name.startswith("dream")), *trees, *keep_ratios]
+    needs_drafter: list[Any] = [*(name for name in names if "dream" in name), *trees, *keep_ratios]
     if with_blind:
         needs_drafter.append(BLIND)
     if needs_drafter and drafter is None:
         raise ValueError(f"`drafter` is needed for {needs_drafter}: name one, or leave these out.")
-    if "assisted" in names and assistant is None:
-        raise ValueError("`assistant` is needed for the method 'assisted': name one, or leave it out.")
+    for name in ("assisted", MODEL):
+        if name in names and assistant is None:
+            raise ValueError(f"`assistant` is needed for the method {name!r}: name one, or leave it out.")
     drafter = None if drafter is None else unwrap(drafter)  # type: ignore[assignment]
     methods = [_make(name, target, drafter, assistant) for name in METHODS if name in {*names, "plain"}]
     if drafter is not None:
@@ -122,7 +130,25 @@ def _make(name: str, target: Any, drafter: DreamDrafter | None, assistant: Any) 
         if name == "dream_tree_compiled":
             return _tree(drafter, name, {"compile": True})
         return _tree(drafter, name, _shape(depth, 1, depth) if name == "dream_chain" else {})
-    return Method(name)
+    untrained = _untrained(name, target, drafter, assistant)
+    return Method(name) if untrained is None else Method(name, drafted(untrained))
+
+
+def _untrained(name: str, target: Any, drafter: DreamDrafter | None, assistant: Any) -> Drafter | None:
+    """The drafter of a method that needs no training of its own; None for a method that is none of these."""
+    if name == RETRIEVAL:
+        return RetrievalDrafter()
+    if name == RETRIEVAL_DREAM:
+        assert drafter is not None  # checked by the caller
+        return CombinedDrafter([RetrievalDrafter(), drafter])
+    if name == MODEL:
+        return ModelDrafter(unwrap(assistant))
+    return LayerSkipDrafter(target) if name == SKIP else None
+
+
+def drafted(drafter: Drafter) -> dict[str, Any]:
+    """Arguments for decoding with a drafter that are there whatever the temperature."""
+    return {"assistant_model": drafter, "return_dict_in_generate": True}
 
 
 def _compile_config() -> CompileConfig:
@@ -139,7 +165,7 @@ def _visual_token_ids(target: Any) -> list[int]:
 
 def _tree(drafter: DreamDrafter, name: str, drafting: Mapping[str, Any]) -> Method:
     """A method with the drafter; a `ValueError` for values that it cannot draft with."""
-    method = Method(name, {"assistant_model": drafter, "return_dict_in_generate": True}, drafting)
+    method = Method(name, drafted(drafter), drafting)
     drafter.config.check_width(method._set_up(drafter).settings)
     return method
 

@@ -9,7 +9,9 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.prompts import PromptEncoder
+from ..decoding.drafter import Drafter
 from ..drafters.dream.drafter import DreamDrafter
+from ..drafters.model.drafter import ModelDrafter
 from .methods import Method
 from .plots import write_plots
 from .profiling import profile_steps, time_shares
@@ -97,7 +99,8 @@ def _models_of(methods: Sequence[Method]) -> tuple[DreamDrafter | None, Any]:
     """The drafter and the assistant among the methods' arguments."""
     models = [method.arguments.get("assistant_model") for method in methods]
     drafters = [model for model in models if isinstance(model, DreamDrafter)]
-    others = [model for model in models if model is not None and not isinstance(model, DreamDrafter)]
+    others = [model for model in models if model is not None and not isinstance(model, Drafter)]
+    others += [model.model.model for model in models if isinstance(model, ModelDrafter)]
     return next(iter(drafters), None), next(iter(others), None)
 
 

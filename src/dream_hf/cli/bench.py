@@ -16,13 +16,14 @@ EXAMPLE = (
     "  dream-hf bench --target TARGET --drafter FOLDER --tune --save FOLDER"
 )
 METHODS = ("plain", "plain_static", "prompt_lookup", "dream_chain", "dream_tree")
+FURTHER = ("plain_compiled", "dream_tree_compiled", "retrieval", "retrieval+dream", "model", "skip")
 NUM_PROMPTS, MAX_NEW_TOKENS = 50, 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf bench`."""
     add_models(parser, drafter='folder or Hub id of the drafter; "demo" is the bundled one')
-    parser.add_argument("--assistant", help="a small model for transformers' own assisted generation, to compare with")
+    parser.add_argument("--assistant", help="a small model for the methods assisted and model")
     parser.add_argument("--output", help="folder for the results; started again, it goes on")
     what = parser.add_argument_group("what to measure")
     what.add_argument(
@@ -33,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "chart_qa, math_vista, mmspec; or NAME=FILE), files of rows",
     )
     what.add_argument("--num-prompts", type=whole_number(1), help=f"prompts of each task (default: {NUM_PROMPTS})")
-    what.add_argument("--methods", nargs="+", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
+    what.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        help=f"default: {' '.join(METHODS)}; further ones: {' '.join(FURTHER)}",
+    )
     what.add_argument("--trees", nargs="*", type=tree_shape, default=[], help="further shapes, as DEPTH/TOP_K/SIZE")
     what.add_argument("--keep-ratios", nargs="*", type=float, default=[], help="further shares of the visual tokens")
     what.add_argument("--blind", action="store_true", help="also blank the visual tokens in what the drafter sees")
@@ -97,10 +103,10 @@ def run(args: argparse.Namespace) -> None:
     assistant = None
     if args.assistant is not None:
         assistant = load_models(args.assistant, dtype=args.dtype, device=args.device).target
-    names = [name for name in args.methods if models.drafter is not None or not name.startswith("dream")]
+    names = [name for name in args.methods if models.drafter is not None or "dream" not in name]
     if models.drafter is None and args.methods != list(METHODS):
         names = args.methods  # asked for by name: say what is missing
-    if assistant is not None and "assisted" not in names:
+    if assistant is not None and not {"assisted", "model"} & set(names):
         names = [*names, "assisted"]
     methods = make_methods(names, models.target, models.drafter, assistant, args.trees, args.keep_ratios, args.blind)
     results = run_benchmark(

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from ..benchmark.measure import Measurement, measure
-from ..benchmark.methods import make_methods
+from ..benchmark.methods import Method, drafted
 from ..data.prompts import PromptEncoder
 
 WARMUP_TOKENS = 8
@@ -72,7 +72,7 @@ def compare(
         repeats (`int`): Timed runs of each, one after the other in turns.
         streams (`tuple`): Streamers of one further run of each, before the timed ones.
     """
-    methods = make_methods(["plain", "dream_tree"], target, drafter)
+    methods = [Method("plain"), Method("drafted", drafted(drafter))]
     for method in methods:
         measure(target, inputs, method.ready(0.0, WARMUP_TOKENS))
     runs: list[list[Measurement]] = [[], []]

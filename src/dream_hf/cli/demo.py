@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .options import add_json, open_picture, quiet, whole_number
+from .options import DRAFTERS, add_json, open_picture, quiet, whole_number
 
 HELP = "Answer a question about a picture, plainly and speculatively: the same answer, sooner."
 EXAMPLE = 'dream-hf demo\n  dream-hf demo --image chart.png --prompt "Describe the chart." --save out.png'
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="float32 (the default), bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
     parser.add_argument("--target", help="a target of your own instead of the bundled one; needs --drafter")
-    parser.add_argument("--drafter", help="its drafter")
+    parser.add_argument("--drafter", help=f"its drafter: {DRAFTERS}")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: auto")
     parser.add_argument("--save", metavar="FILE", help="write a picture of the image, the answer and each step's gain")
     parser.add_argument("--font", metavar="FILE", help="font of the saved picture; Pillow's own by default")
@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("`--image` needs `--prompt`: say what to ask about the picture.")
     if args.image is not None and args.seed is not None:
         raise ValueError("`--seed` draws a picture and `--image` names one: give one of the two.")
-    if (args.target is None) != (args.drafter is None):
-        raise ValueError("`--target` and `--drafter` belong together: give both, or neither for the bundled pair.")
+    if args.target is not None and args.drafter is None:
+        raise ValueError(
+            "`--target` needs `--drafter`: name a drafter, for example retrieval, which fits all targets."
+        )
     image, prompt = _picture(args)
     if args.save is not None:
         from .answer_card import check_card

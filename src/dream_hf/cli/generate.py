@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .options import add_json, add_models, load, open_picture, quiet, whole_number
+from .options import DRAFTERS, add_json, add_models, load, open_picture, quiet, whole_number
 
 HELP = "Answer one prompt about any number of pictures, with or without a drafter."
 EXAMPLE = 'dream-hf generate --target demo --drafter demo --image chart.png --prompt "Put this chart into a table."'
@@ -14,7 +14,7 @@ EXAMPLE = 'dream-hf generate --target demo --drafter demo --image chart.png --pr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf generate`."""
-    add_models(parser, drafter="folder or Hub id of the drafter; without one, decoding is plain")
+    add_models(parser, drafter=f"{DRAFTERS}; without one, decoding is plain")
     parser.add_argument("--prompt", required=True, help="what to ask")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=256, help="longest answer (default: 256)")

@@ -6,6 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
+DRAFTERS = (
+    "a folder or Hub id, demo (the bundled one), retrieval, skip (the target without some layers), model:PATH (a smaller "
+    "model), or several of these with + between them"
+)
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage of some commands fills a screen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_models, load, whole_number
+from .options import DRAFTERS, add_models, load, whole_number
 
 HELP = "Replace the answers of a dataset by the target's own, which is what a drafter is trained on."
 EXAMPLE = (
@@ -16,7 +16,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf regenerate`."""
-    add_models(parser, drafter="decode with this drafter: the same answers, sooner")
+    add_models(parser, drafter=f"decode with this drafter, the same answers sooner: {DRAFTERS}")
     parser.add_argument("--rows", required=True, help="a .jsonl, .json or .parquet file, or a dataset on the Hub")
     parser.add_argument("--split", default="train", help="split of a dataset on the Hub (default: train)")
     parser.add_argument("--output", required=True, help="the .jsonl file to write; started again, it goes on")

@@ -21,6 +21,8 @@ class DraftTree:
         ancestors (`torch.BoolTensor` of shape `(B, N, N)`): `ancestors[b, i, j]` where j lies on the path from the
             root to i, both ends included.
         max_depth (`int`): Upper bound of `depths`.
+        log_probs (`torch.Tensor` of shape `(B, N)`, *optional*): What the drafter thinks of the path to each node, on any
+            device; only whoever combines drafters looks at it, right after the draft.
     """
 
     tokens: torch.Tensor
@@ -28,6 +30,7 @@ class DraftTree:
     depths: torch.Tensor
     ancestors: torch.Tensor
     max_depth: int
+    log_probs: torch.Tensor | None = None
 
     @classmethod
     def from_parents(cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int) -> DraftTree:

@@ -7,7 +7,7 @@ same for all of them. B rows, k beams per level, N drafted nodes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
@@ -153,11 +153,12 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, settings: DraftSet
     nodes = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.long, device=scores.device)
     nodes.scatter_(1, chosen, torch.arange(1, chosen.shape[1] + 1, device=scores.device).expand_as(chosen))
     parents = nodes.gather(1, parents % nodes.shape[1])
-    return DraftTree.from_parents(
+    tree = DraftTree.from_parents(
         torch.cat([root_tokens, tokens], dim=1),
         torch.cat([torch.zeros_like(root_tokens), parents], dim=1),
         num_levels,
     )
+    return replace(tree, log_probs=torch.nn.functional.pad(log_probs.gather(1, chosen), (1, 0)))
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data.prompts import PromptEncoder, on_model
-from ..drafters.dream.drafter import DreamDrafter
+from ..decoding.drafter import Drafter
 from ..targets.target import end_ids
 
 
@@ -27,7 +27,7 @@ class Answerer:
 
     target: Any
     encoder: PromptEncoder
-    drafter: DreamDrafter | None
+    drafter: Drafter | None
     max_new_tokens: int
     temperature: float
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..data.bad_rows import BadRows
 from ..data.prompts import PromptEncoder
 from ..data.rows import RowSource, open_rows
-from ..drafters.dream.drafter import DreamDrafter
+from ..decoding.drafter import Drafter
 from .answering import Answerer
 from .rows import UnansweredRow, read_row, undecoded
 from .store import AnswerStore
@@ -57,7 +57,7 @@ def regenerate(
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
     prompt_suffix: str = "",
-    drafter: DreamDrafter | None = None,
+    drafter: Drafter | None = None,
     seed: int = 42,
     max_rows: int | None = None,
     max_bad_rows: int = 100,
@@ -78,7 +78,7 @@ def regenerate(
         max_new_tokens (`int`): Longest answer. Rows cut there are kept and marked `"finished": false`.
         temperature (`float`): 0 for greedy decoding.
         prompt_suffix (`str`): Appended to every user message that is answered ("Answer in detail."), and kept in the row.
-        drafter (`DreamDrafter`, *optional*): Decode with it: the same answers (sampled: of the same distribution) sooner.
+        drafter (`Drafter`, *optional*): Decode with it: the same answers (sampled: of the same distribution) sooner.
         seed (`int`): For sampling.
         max_rows (`int`, *optional*): Take only the first rows.
         max_bad_rows (`int`): How many rows may be left out because they cannot be used.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from transformers.generation.configuration_utils import GenerationConfig
 
 from ...compat import CACHE, cache_of
 from ...decoding.drafter import Prefill
-from ...runtime.alignment import left_aligned
 from ...targets.target import Target
 
 # What belongs to the target's own forwards, by the names of their arguments.
@@ -56,16 +55,20 @@ def read_pictures(target: Target, prefill: Prefill) -> ReadPrompt:
 def read_text(target: Target, prefill: Prefill) -> ReadPrompt:
     """Read the text of a prompt without its pictures, and the first new token behind it."""
     num_tokens = target.text_config.vocab_size
-    tokens = torch.cat([prefill.token_ids, prefill.first_tokens.to(prefill.token_ids)], dim=1)
-    is_text = torch.nn.functional.pad(prefill.is_text, (0, 1), value=True) & (tokens < num_tokens)
-    is_text[:, -1] = True  # whatever it is
-    tokens = tokens.clamp(max=num_tokens - 1)
-    order, counts = left_aligned(is_text.flip(1))  # of the reversed rows, so that padding comes first in the end
-    width = int(counts.max())
-    tokens = tokens.flip(1).gather(1, order)[:, :width].flip(1)
-    places = torch.arange(width, device=tokens.device)
-    mask = (places >= width - counts[:, None]).long()
-    return _read(target, tokens * mask, mask, {})
+    rows = zip(prefill.token_ids.tolist(), prefill.is_text.tolist(), prefill.first_tokens[:, 0].tolist(), strict=True)
+    known = [
+        [*(token for token, is_text in zip(*prompt, strict=True) if is_text and token < num_tokens), first]
+        for *prompt, first in rows
+    ]
+    return read_rows(target, [[*row[:-1], min(row[-1], num_tokens - 1)] for row in known])
+
+
+def read_rows(target: Target, rows: Sequence[Sequence[int]]) -> ReadPrompt:
+    """Read texts of one token or more, padded on the left."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return _read(target, tokens, mask, {})
 
 
 def _read(target: Target, token_ids: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, Any]) -> ReadPrompt:

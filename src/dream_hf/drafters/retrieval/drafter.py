@@ -12,7 +12,7 @@ from ...decoding.drafter import Drafter, DraftSession, Needs, Prefill, Verified
 from ...decoding.settings import DraftSettings
 from ...decoding.tree import DraftTree
 from ...runtime.phases import GROWTH, phase
-from .best_first import Nodes
+from ..best_first import tree_of
 from .likeliest import RANKS, LikeliestTokens
 from .mixture import Mixture
 from .store import RetrievalStore
@@ -134,17 +134,6 @@ class RetrievalSession(DraftSession):
         if self.drafter.draft_ids:
             text.read_prompt([*self.drafter.draft_ids, UNKNOWN])
         return text
-
-
-def tree_of(root_tokens: torch.Tensor, rows: Sequence[Nodes]) -> DraftTree:
-    """One tree below each root (B, 1). Rows with fewer nodes are filled up with copies of the root below it."""
-    most, device = max(len(row.tokens) for row in rows), root_tokens.device
-    roots = root_tokens[:, 0].tolist()
-    missing = [most - len(row.tokens) for row in rows]
-    tokens = [[root, *row.tokens, *[root] * n] for root, row, n in zip(roots, rows, missing, strict=True)]
-    parents = [[0, *row.parents, *[0] * n] for row, n in zip(rows, missing, strict=True)]
-    deepest = max((depth for row in rows for depth in row.depths), default=0)
-    return DraftTree.from_parents(torch.tensor(tokens, device=device), torch.tensor(parents, device=device), deepest)
 
 
 def _token_ids(draft_text: str | Sequence[int] | torch.Tensor | None, tokenizer: Any) -> list[int]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from ...decoding.settings import DraftSettings
-from .best_first import Nodes, best_nodes
+from ..best_first import Nodes, best_nodes
 from .likeliest import LikeliestTokens
 from .mixture import Mixture, Source
 from .ngrams import Match, NgramIndex

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Generic, TypeVar
 
-from ...decoding.settings import DraftSettings
+import torch
+
+from ..decoding.settings import DraftSettings
+from ..decoding.tree import DraftTree
 
 State = TypeVar("State")  # what a source of tokens knows of a node
 # From the state of a node's parent, the node's token (None for the root) and the smallest probability that is of use to the
@@ -101,3 +105,20 @@ def _without_rare_levels(nodes: Nodes, min_probability: float) -> Nodes:
         levels[depth] = levels.get(depth, 0.0) + probability
     rare = [depth for depth, probability in levels.items() if probability < min_probability]
     return nodes.above(min(rare)) if rare else nodes
+
+
+def tree_of(root_tokens: torch.Tensor, rows: Sequence[Nodes]) -> DraftTree:
+    """One tree below each root (B, 1). Rows with fewer nodes are filled up with copies of the root below it, never reached."""
+    most, device = max(len(row.tokens) for row in rows), root_tokens.device
+    roots = root_tokens[:, 0].tolist()
+    missing = [most - len(row.tokens) for row in rows]
+    tokens = [[root, *row.tokens, *[root] * n] for root, row, n in zip(roots, rows, missing, strict=True)]
+    parents = [[0, *row.parents, *[0] * n] for row, n in zip(rows, missing, strict=True)]
+    log_probs = [[0.0, *map(_log, row.probabilities), *[-math.inf] * n] for row, n in zip(rows, missing, strict=True)]
+    deepest = max((depth for row in rows for depth in row.depths), default=0)
+    tree = DraftTree.from_parents(torch.tensor(tokens, device=device), torch.tensor(parents, device=device), deepest)
+    return replace(tree, log_probs=torch.tensor(log_probs))
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf
