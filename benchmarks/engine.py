@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py --output engine.json
     python benchmarks/engine.py --shapes llava-1.6-7b --prompts 1500 --batches 1
+    python benchmarks/engine.py --count --prompts 100 --batches 1
     python benchmarks/engine.py --tiny --device cpu --no-compiled
 
 Needs torch, transformers and dream_hf, and no download. A stopped run goes on where it was when it is started again with the
@@ -11,26 +12,32 @@ same settings and `--output`. docs/benchmarking.md says what is measured and how
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine_counts import count_row, describe_counts
 from engine_floor import measure_bandwidth
-from engine_report import NOTE, Results, describe, table
+from engine_report import NOTE, Results, describe, describe_source, table
 from engine_rows import WAYS, Settings, attempt, measure_row, parse_tree, release_memory
-from engine_shapes import SHAPES, TINY, Shape, make_drafter, make_target
+from engine_shapes import NARROW, SHAPES, TINY, Shape, make_drafter, make_target
 from tqdm.auto import tqdm
+
+from dream_hf.regeneration.journal import write_whole
 
 Key = tuple[int, int]  # prompt length, batch size
 
 
-def main(arguments: Sequence[str] | None = None) -> Results:
+def main(arguments: Sequence[str] | None = None) -> Results | dict[str, Any]:
     options = parse_options(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     settings = Settings(
         tree=options.tree, num_steps=options.steps, repeats=options.repeats, with_compiled=not options.no_compiled
     )
+    if options.count:
+        return count(options, settings, dtype, device)
     bandwidth = measure_bandwidth(device)
     results = Results(describe(device, dtype, settings, bandwidth), options.output)
     shapes = [TINY] if options.tiny else [SHAPES[name] for name in options.shapes]
@@ -44,6 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> Results:
                 measure_shape(shape, todo, settings, results, progress, dtype, device)
     print(table(results.rows, settings.taus))
     return results
+
+
+def count(options: argparse.Namespace, settings: Settings, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Count instead of timing, for a narrow target: widths change no count."""
+    shape = TINY if options.tiny else NARROW
+    target = make_target(shape, device, dtype)
+    found: dict[str, Any] = {**describe_source(device), "shape": shape.name, "tree": list(settings.tree), "rows": []}
+    for batch in options.batches:
+        row = count_row(target, options.prompts[0], batch, settings)
+        found["rows"].append({"prompt_length": options.prompts[0], "batch": batch, **row})
+        print(f"{shape.name}, batch {batch}\n{describe_counts(row)}")
+        if options.output is not None:
+            write_whole(options.output, json.dumps(found, indent=2).encode())
+    return found
 
 
 def measure_shape(
@@ -98,6 +119,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=default_device, help=f"({default_device})")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--no-compiled", action="store_true", help="leave the compiled ways out")
+    parser.add_argument("--count", action="store_true",
+                        help="count launches, graphs, reads and copies of a step instead of timing it")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="one tiny shape instead, to see whether the script runs")
     parser.add_argument("--output", type=Path, help="JSON file, written after every row")
     return parser.parse_args(arguments)

@@ -106,6 +106,11 @@ def qwen2_5_vl_7b() -> PreTrainedConfig:
 
 
 TINY = Shape("tiny", hf.LlavaNextForConditionalGeneration, lambda: llava_next(64, 128, 3, 2, vocab_size=512))
+NARROW = Shape(  # as deep as a 7B target, for what does not depend on widths
+    "llava-1.6-7b, narrow",
+    hf.LlavaNextForConditionalGeneration,
+    lambda: llava_next(256, 512, 32, 32, vocab_size=512),
+)
 SHAPES = {
     shape.name: shape
     for shape in (

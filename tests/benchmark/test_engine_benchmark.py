@@ -11,10 +11,11 @@ import torch
 from transformers import DynamicCache
 
 from dream_hf import DreamConfig, DreamDrafter
+from dream_hf.benchmark.launches import count_launches
 from dream_hf.decoding.acceptance import accept_greedy
 from dream_hf.decoding.tree import DraftTree
 from dream_hf.drafters.dream import state as drafter_state
-from dream_hf.runtime.phases import STEP, clocked_by
+from dream_hf.runtime.phases import STEP, TARGET, clocked_by, phase
 from dream_hf.targets.target import Target
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -251,6 +252,37 @@ def test_trees_and_steps_are_checked():
         engine.parse_options(["--tree", "6/4"])
     with pytest.raises(ValueError, match=r"`num_steps` \(3\)"):
         engine_rows.Settings(num_steps=3)
+
+
+def test_launches_of_a_step_are_few(tmp_path, capsys):
+    """What a GPU waits for: launches, read-backs, and what is copied to it, a level's apart from the target's."""
+    output = tmp_path / "counts.json"
+    run = ["--count", *TINY_RUN, "--tree", "6/4/32", "--batches", "1", "--output", str(output)]
+    (row,) = engine.main(run)["rows"]
+    assert json.loads(output.read_text())["rows"] == [row] and "launches a step" in capsys.readouterr().out
+    assert row["plain"]["operations"] > 100 and row["dream"]["per_level"] <= 60
+    # Of so few layers the mask and what is kept are a large share: with 32 of them they are 0.14.
+    assert row["dream"]["target_over_plain"] < 1.6 and row["dream"]["graphs"] == 0
+    assert row["dream"]["made"] < 1 and row["dream"]["allocated"] > 0
+
+
+def test_launches_are_counted_by_phase():
+    weight, compiled = torch.rand(4, 4), torch.compile(lambda x: (x + 1).relu(), backend="eager")
+    compiled(weight)
+
+    def run():
+        for _ in range(2):
+            with phase(STEP):
+                (weight.view(2, 8).t() @ weight.view(2, 8)).sum().item()
+                with phase(TARGET):
+                    torch.tensor([1, 2]).add_(1).tolist()
+                    compiled(weight)
+        weight.exp()  # outside of all steps
+
+    counts = count_launches(run)
+    assert [counts.per_step(kind) for kind in ("operations", "graphs", "reads", "made")] == [3, 1, 2, 1]
+    assert [counts.per_step(kind, TARGET) for kind in ("operations", "graphs", "reads", "made")] == [1, 1, 1, 1]
+    assert counts.by_phase()["operations"] == {STEP: 2, TARGET: 1} and counts.operations[()] == 1
 
 
 # -- growth with the context ------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ class Replay:
         _, _, sees, _ = self.calls[level - 1]
         top_k = sees.shape[1]
         above = self.state.tokens.tensor(sees.device)[:, None] + (level - 2) * top_k + torch.arange(top_k)
-        is_parent = sees.gather(2, above[:, None].expand(-1, top_k, -1))
+        is_parent = (sees == 0).gather(2, above[:, None].expand(-1, top_k, -1))
         assert (is_parent.sum(-1) == 1).all()
         return is_parent.int().argmax(-1)
 

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import dream_hf
 from dream_hf.decoding.drafter import Prefill, Verified
 from dream_hf.decoding.settings import DraftSettings
+from dream_hf.drafters.visibility import bias_of
 from dream_hf.targets.target import Target
 
 CASES = cases("eagle")
@@ -98,7 +99,9 @@ def test_a_chain_with_a_cache(case, padding):
     length = levels.state.slots.longest
     for depth, token in enumerate(io["chain.tokens"], start=1):
         sees = (torch.arange(length + depth) < length + depth)[None, None]
-        states = levels.state.beams(session.head.embed(token.reshape(1, 1)), states, sees, depth)
+        states = levels.state.beams(
+            session.head.embed(token.reshape(1, 1)), states, bias_of(sees, states.dtype), depth
+        )
         chain.append(states)
     assert_says(case, session, torch.cat(chain, dim=1), "chain")
 
@@ -116,7 +119,7 @@ def test_a_tree(case):
         sees[..., :num_read] = True
         sees[0, :, num_read:] = io["tree.mask"][nodes].bool()
         states = torch.cat([made[parents[node]] for node in nodes], dim=1)
-        sees = sees[..., : num_read + nodes[-1] + 1]
+        sees = bias_of(sees[..., : num_read + nodes[-1] + 1], states.dtype)
         out = state.beams(session.head.embed(io["tree.tokens"][nodes][None]), states, sees, depth - first + 1)
         made |= {node: out[:, [place]] for place, node in enumerate(nodes)}
     assert_says(case, session, torch.cat([made[node] for node in range(len(parents))], dim=1), "tree")
@@ -183,7 +186,7 @@ def test_every_row_as_a_root(case, kind):
         states, said = levels.state.root_states, []
         for step in range(logits.shape[0]):
             if step:
-                sees = torch.ones(1, 1, row + 1 + step, dtype=torch.bool)
+                sees = states.new_zeros(1, 1, row + 1 + step)  # all
                 states = levels.state.beams(session.head.embed(ids[None, [row + 1 + step]]), states, sees, step)
             said.append(session.head.logits(states)[0, 0])
         torch.testing.assert_close(torch.stack(said), logits[:, row], **TOLERANCE)

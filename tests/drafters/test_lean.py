@@ -1,5 +1,7 @@
 """Decoding computes what a drafter's modules compute, without calling those that do nothing else."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dream_hf.drafters import masked_attention, visibility
 from dream_hf.drafters.dream.functional import DecodingForward, WholeForward, decoding_forward, is_plain_throughout
 from dream_hf.drafters.dream.modeling import DreamCrossAttention, DreamSelfAttention
 from dream_hf.drafters.dream.state import DrafterState
+from dream_hf.drafters.stacking import stacked
 
 
 def run(drafter, is_lean):
@@ -30,7 +33,7 @@ def run(drafter, is_lean):
     for level in range(1, 4):
         slots = torch.arange(int(lengths.max()) + 2 * level)
         own = lengths[:, None] + 2 * (level - 1) + torch.arange(2)
-        sees = (slots < lengths[:, None, None]) | (slots == own[..., None])
+        sees = visibility.bias_of((slots < lengths[:, None, None]) | (slots == own[..., None]), embeds.dtype)
         found.append(state.beams(embeds[:, 8 + level :][:, :2], features[:, 7 + level :][:, :2], sees, level))
     state.forget_beams()
     return torch.cat(found, dim=1)
@@ -170,6 +173,51 @@ def test_subclasses_and_hooked_drafters_run_their_own_forward():
     assert type(decoding_forward(drafter)) is WholeForward and not is_plain_throughout(drafter)
 
 
+def test_layers_read_as_one_stay_layers(tmp_path):
+    """Their weights share memory after decoding, and nothing else about them has changed."""
+    drafter = make_drafter()
+    before = {name: value.clone() for name, value in drafter.state_dict().items()}
+    attention = drafter.layers[0].self_attn
+
+    def is_in_a_row(attention) -> bool:
+        weights = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        return len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+
+    with torch.inference_mode():
+        expected = run(drafter, True)
+    assert is_in_a_row(attention) and not attention.q_proj.weight.is_inference()
+    place = attention.q_proj.weight.data_ptr()
+    run(drafter, True)
+    assert attention.q_proj.weight.data_ptr() == place  # moved once
+    assert all(torch.equal(value, before[name]) for name, value in drafter.state_dict().items())
+    drafter.save_pretrained(tmp_path)
+    for same in (copy.deepcopy(drafter), type(drafter).from_pretrained(tmp_path, dtype=drafter.dtype)):
+        assert all(torch.equal(value, before[name]) for name, value in same.state_dict().items())
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(2)  # what a training step does is seen at once
+        assert not torch.equal(run(drafter, True), expected)
+        torch.testing.assert_close(run(drafter, True), run(drafter, False), **TIGHT)
+        assert torch.equal(attention.q_proj.weight, before["layers.0.self_attn.q_proj.weight"])
+    (attention.q_proj.weight.sum() + attention.v_proj.weight.sum()).backward()
+    decoding_forward(drafter.to(torch.float32))
+    assert is_in_a_row(attention)
+
+
+@pytest.mark.parametrize("change", ["another kind", "one bias", "another dtype", "in inference mode"])
+def test_layers_that_cannot_be_one_stay_apart(change):
+    layers = [nn.Linear(3, 2), nn.Linear(3, 4)]
+    if change == "another kind":
+        layers[0].__class__ = type("Quantised", (nn.Linear,), {})
+    elif change == "one bias":
+        layers[0].bias = None
+    elif change == "another dtype":
+        layers[0].double()
+    else:
+        with torch.inference_mode():
+            layers[0] = nn.Linear(3, 2)
+    assert stacked(layers) is None
+
+
 def test_beams_below_a_text_of_one_token_stand_where_they_belong():
     """Nothing is visible to the cross-attention of that token; the levels see their own features."""
     drafter = make_drafter()
@@ -182,7 +230,7 @@ def test_beams_below_a_text_of_one_token_stand_where_they_belong():
                 state.forward = WholeForward(drafter)
             state.read(embeds[:, :1], features[:, :0], torch.full((2, 1), 7), [1, 1])
             for level in (1, 2):
-                sees = torch.ones(2, 1, 1 + level, dtype=torch.bool)
+                sees = embeds.new_zeros(2, 1, 1 + level)  # all
                 found.append(state.beams(embeds[:, level : level + 1], features[:, level : level + 1], sees, level))
     torch.testing.assert_close(found[:2], found[2:], **TIGHT)
 
@@ -226,7 +274,7 @@ def test_added_masks_are_aligned_off_the_cpu(block_types, monkeypatch):
 def test_shown_columns_of_every_size(shape, num_columns, monkeypatch):
     monkeypatch.setattr(masked_attention, "needs_alignment", lambda device: True)
     sees = torch.rand(*shape, num_columns, generator=torch.Generator().manual_seed(0)) < 0.5
-    seen = visibility.shown_columns(sees, torch.bfloat16)
+    seen = visibility.shown_columns(visibility.bias_of(sees, torch.bfloat16))
     for part, expected in ((seen.tokens, sees), (seen.features, sees[..., 1:])):
         assert is_aligned(part.bias) and part.bias.dtype == torch.bfloat16
         assert torch.equal(part.mask(shape[1], expected.shape[-1], sees.device), expected)

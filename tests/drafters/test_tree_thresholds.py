@@ -13,6 +13,7 @@ from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.drafters import growth as drafting
 from dream_hf.drafters.dream.state import DrafterState
 from dream_hf.drafters.levels import SlotLevel, TargetHead
+from dream_hf.drafters.visibility import bias_of
 from dream_hf.targets.target import Target
 
 
@@ -171,8 +172,8 @@ def test_beams_see_what_their_parents_saw(places):
     """The beams chosen are written to the first slots, whichever they are, and see those slots besides."""
     torch.manual_seed(0)
     own = torch.arange(20, 24).view(1, 4, 1).repeat(2, 1, 1)
-    seen = torch.rand(2, 4, 30) < 0.5
-    seen[..., 20:] = False
+    seen = bias_of(torch.rand(2, 4, 30) < 0.5, torch.float32)
+    seen[..., 20:] = -torch.inf
     features, before = torch.rand(2, 4, 3), seen.clone()
     tokens, scores = torch.randint(99, (2, 12)), torch.rand(2, 12)
     best = scores.topk(4, dim=-1).indices
@@ -183,7 +184,7 @@ def test_beams_see_what_their_parents_saw(places):
         assert torch.equal(beams.tokens[row], tokens[row, nodes])
         assert torch.equal(beams.scores[row], scores[row, nodes])
         assert torch.equal(beams.features[row], features[row, places])
-        expected = seen[row, places].scatter(1, own[row, : len(places)], True)
+        expected = seen[row, places].scatter(1, own[row, : len(places)], 0.0)
         assert torch.equal(beams.sees[row], expected)
         is_likely = everything.scores[row].isfinite()
         assert is_likely.nonzero()[:, 0].tolist() == places

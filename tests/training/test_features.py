@@ -12,6 +12,7 @@ from grown import grow
 from dream_hf.drafters.dream.drafter import DreamDrafter
 from dream_hf.drafters.dream.state import DrafterState
 from dream_hf.drafters.levels import TargetHead
+from dream_hf.drafters.visibility import bias_of
 from dream_hf.targets.target import Target
 from dream_hf.training.objective import Objective
 from dream_hf.training.rollout import StepCache, roll_out, sample_starts
@@ -210,7 +211,9 @@ def drafted_chain(drafter, batch, row, base, num_steps):
         hidden, features = [state.root_features[0, 0]], state.root_features
         for level in range(1, num_steps):
             sees = torch.ones(1, 1, base + 1 + level, dtype=torch.bool)  # a chain: all beams so far are ancestors
-            features = state.beams(text.embeds[row, None, base + level, None], features, sees, level)
+            features = state.beams(
+                text.embeds[row, None, base + level, None], features, bias_of(sees, features.dtype), level
+            )
             hidden.append(features[0, 0])
     return torch.stack(hidden)
 

@@ -18,10 +18,9 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..runtime.phases import DRAFTER, STEP, clocked_by
+from ..runtime.phases import STEP, clocked_by
 
-MARK = "dream_hf: "  # before a phase's name in a trace
-OUTSIDE = "outside"  # of all steps
+MARK, LINK = "dream_hf: ", " > "  # before and between the names of phases in a trace
 GRAPH = "Torch-Compiled Region"  # PyTorch's name for a call of compiled code
 # Operations that set memory aside, or look at what is known on the host; so do those that show numbers anew.
 NOT_LAUNCHED = re.compile(
@@ -30,66 +29,78 @@ NOT_LAUNCHED = re.compile(
 )
 # Operations that are one kernel on accelerators, whatever they are made of on a CPU.
 KERNELS = re.compile(
-    "(add|badd|b)?(b)?mm|cat|index(_copy_|_put_|_select)?|native_layer_norm|rms_norm|sort|topk|_(log_)?softmax|"
+    "(add|badd|b)?mm|cat|index(_copy_|_put_|_select)?|native_layer_norm|rms_norm|gather|scatter|sort|topk|_?(log_)?softmax|"
     "_scaled_dot_product_(cudnn|efficient|flash)_attention(_for_cpu)?"
 )
 READS = ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__")
 MAKERS = ("tensor", "as_tensor")
 
 
+Path = tuple[str, ...]  # the phases that are running, the outermost first
+
+
 @dataclass
 class Launches:
-    """What a run asked for, by the innermost phase that was running in a step, or [`OUTSIDE`] one.
+    """What a run asked for, by the phases that were running.
 
     Args:
-        operations (`Counter[str]`): Operations that run on the device, those inside compiled graphs left out.
-        graphs (`Counter[str]`): Calls of compiled graphs.
-        reads (`Counter[str]`): Times that numbers of a tensor were read by Python.
-        made (`Counter[str]`): Tensors that were made of numbers of Python's.
-        allocated (`Counter[str]`): Bytes set aside, given back or not.
-        calls (`Counter[str]`): How often each phase ran.
+        operations (`Counter[Path]`): Operations that run on the device, those inside compiled graphs left out.
+        graphs (`Counter[Path]`): Calls of compiled graphs.
+        reads (`Counter[Path]`): Times that Python read numbers of a tensor.
+        made (`Counter[Path]`): Tensors made of Python's numbers.
+        allocated (`Counter[Path]`): Bytes set aside, given back or not.
+        calls (`Counter[Path]`): How often the innermost of the phases ran.
     """
 
-    operations: Counter[str] = field(default_factory=Counter)
-    graphs: Counter[str] = field(default_factory=Counter)
-    reads: Counter[str] = field(default_factory=Counter)
-    made: Counter[str] = field(default_factory=Counter)
-    allocated: Counter[str] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
+    operations: Counter[Path] = field(default_factory=Counter)
+    graphs: Counter[Path] = field(default_factory=Counter)
+    reads: Counter[Path] = field(default_factory=Counter)
+    made: Counter[Path] = field(default_factory=Counter)
+    allocated: Counter[Path] = field(default_factory=Counter)
+    calls: Counter[Path] = field(default_factory=Counter)
 
-    def per_step(self) -> dict[str, dict[str, float]]:
-        """Means over the steps, by what is counted and phase, with their `total`."""
-        num_steps = max(self.calls[STEP], 1)
-        found = {}
-        for name, counts in vars(self).items():
-            parts = {part: count / num_steps for part, count in counts.items() if part != OUTSIDE}
-            found[name] = {**parts, "total": sum(parts.values())}
+    def per_step(self, kind: str, within: str = STEP) -> float:
+        """How much of a kind of count a step has in its phase `within`, whatever runs inside that."""
+        counts: Counter[Path] = getattr(self, kind)
+        return sum(n for path, n in counts.items() if path[:1] == (STEP,) and within in path) / max(self.num_steps, 1)
+
+    def by_phase(self) -> dict[str, dict[str, float]]:
+        """What a step has of each kind, by the innermost phase."""
+        found: dict[str, dict[str, float]] = {}
+        for kind, counts in vars(self).items():
+            parts: Counter[str] = Counter()
+            for path, count in counts.items():
+                if path[:1] == (STEP,):
+                    parts[path[-1]] += count
+            found[kind] = {part: count / max(self.num_steps, 1) for part, count in parts.items()}
         return found
 
     @property
-    def per_drafter_forward(self) -> float:
-        """Operations of one of the drafter's forwards: a level, or what it reads on."""
-        return self.operations[DRAFTER] / max(self.calls[DRAFTER], 1)
+    def num_steps(self) -> int:
+        """Steps that were taken."""
+        return self.calls[(STEP,)]
 
 
 def count_launches(run: Callable[[], Any]) -> Launches:
     """What `run`, which decodes, asks of the device."""
-    found, running = Launches(), [OUTSIDE]
+    found, running = Launches(), [Path()]
 
     @contextmanager
     def clock(name: str) -> Iterator[None]:
-        running.append(name if STEP in (*running, name) else OUTSIDE)
+        running.append((*running[-1], name))
         found.calls[running[-1]] += 1
         try:
-            with record_function(MARK + running[-1]):
+            with record_function(MARK + LINK.join(running[-1])):
                 yield
         finally:
             running.pop()
 
-    activities = [ProfilerActivity.CPU]  # where operations are asked for, whatever device they run on
-    with _crossings(lambda kind: getattr(found, kind).update([running[-1]])), clocked_by(clock):
-        with profile(activities=activities, profile_memory=True) as trace:
-            run()
+    def note(kind: str) -> None:
+        getattr(found, kind)[running[-1]] += 1
+
+    # Operations are asked for on the CPU, whatever device they run on.
+    with _crossings(note), clocked_by(clock), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
     for event in trace.events():
         _add(found, event)
     return found
@@ -97,12 +108,12 @@ def count_launches(run: Callable[[], Any]) -> Launches:
 
 def _add(found: Launches, event: Any) -> None:
     """Count one event of a trace, if it is one that counts."""
-    phase, is_inside = _where(event)
-    found.allocated[phase] += max(event.self_cpu_memory_usage, 0) + max(event.self_device_memory_usage, 0)
+    path, is_inside = _where(event)
+    found.allocated[path] += max(event.self_cpu_memory_usage, 0) + max(event.self_device_memory_usage, 0)
     if event.name.startswith(GRAPH):
-        found.graphs[phase] += not is_inside
+        found.graphs[path] += not is_inside
     elif not is_inside:
-        found.operations[phase] += _is_launch(event)
+        found.operations[path] += _is_launch(event)
 
 
 def _is_launch(event: Any) -> bool:
@@ -133,14 +144,14 @@ def _operation(event: Any) -> str:
     return event.name.removeprefix("aten::") if event.name.startswith("aten::") else ""
 
 
-def _where(event: Any) -> tuple[str, bool]:
-    """The innermost phase around an event, and whether it is inside of compiled code, or of a kernel."""
+def _where(event: Any) -> tuple[Path, bool]:
+    """The phases around an event, and whether it is inside of compiled code, or of a kernel."""
     is_inside = False
     while (event := event.cpu_parent) is not None:
         is_inside |= event.name.startswith(GRAPH) or bool(KERNELS.fullmatch(_operation(event)))
         if event.name.startswith(MARK):
-            return event.name.removeprefix(MARK), is_inside
-    return OUTSIDE, is_inside
+            return tuple(event.name.removeprefix(MARK).split(LINK)), is_inside
+    return (), is_inside
 
 
 @contextmanager

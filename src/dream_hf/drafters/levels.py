@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .visibility import bias_of
+
 
 @dataclass(frozen=True)
 class TargetHead:
@@ -33,7 +35,7 @@ class Beams(NamedTuple):
     tokens: torch.Tensor  # (B, m)
     scores: torch.Tensor  # (B, m), cumulative log-probabilities
     features: torch.Tensor  # (B, m, H), their parents'
-    sees: torch.Tensor  # (B, m, columns), the verified tokens, their ancestors and themselves
+    sees: torch.Tensor  # (B, m, columns), 0 at the verified tokens, their ancestors and themselves, else -inf
     own: torch.Tensor  # (B, k, 1), the token slots for k beams, the first m of which these are written to
 
 
@@ -49,13 +51,13 @@ class SlotLevel(NamedTuple):
     best_tokens: torch.Tensor  # (B, k)
     best_scores: torch.Tensor  # (B, k)
     features: torch.Tensor  # (B, k, H), of the parents of the best nodes
-    seen: torch.Tensor  # (B, k, columns), what these parents see
+    seen: torch.Tensor  # (B, k, columns), 0 at what these parents see, else -inf
     own: torch.Tensor  # (B, k, 1), the token slots for k beams
 
     def beams(self, places: list[int]) -> Beams:
         """Some of the best nodes as beams: each sees what its parent saw, and itself."""
         chosen = index_of(places)
-        sees = self.seen[:, chosen].scatter(2, self.own[:, : len(places)], True)
+        sees = self.seen[:, chosen].scatter(2, self.own[:, : len(places)], 0.0)
         tokens, scores = self.best_tokens[:, chosen], self.best_scores[:, chosen]
         return Beams(tokens, scores, self.features[:, chosen], sees, self.own)
 
@@ -89,7 +91,10 @@ def level_below_root(
     own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
     tokens, scores = tokens[:, 0], scores[:, 0]  # which are all there are
     best = torch.arange(top_k, device=tokens.device).expand_as(tokens)
-    features, seen = root_features.repeat(1, top_k, 1), verified[:, None].repeat(1, top_k, 1)
+    features, seen = (
+        root_features.repeat(1, top_k, 1),
+        bias_of(verified, root_features.dtype)[:, None].repeat(1, top_k, 1),
+    )
     return SlotLevel(tokens, scores, best, tokens, scores, features, seen, own)
 
 

@@ -64,7 +64,7 @@ class TentativeLevels:
         self.depths += [above + 1] * len(places)
         depths = torch.tensor(self.depths, device=beams.tokens.device)
         with phase(DRAFTER):
-            outputs = self.forward.draft(beams.tokens, depths, beams.sees[..., : len(self.depths)])
+            outputs = self.forward.draft(beams.tokens, depths, beams.sees[..., : len(self.depths)] == 0)
             logits = self.draftable(outputs.logits[:, -len(places) :])
         scores, tokens = (part.to(beams.tokens.device) for part in top_log_probs(logits, top_k))
         return level_below(beams, scores, tokens, _no_features(beams.scores[..., None]))

@@ -228,13 +228,18 @@ class Visibilities:
     features: Visibility
 
 
-def shown_columns(sees: Tensor, dtype: torch.dtype) -> Visibilities:
-    """What tokens see by one mask over columns, (B, T, columns): column c stands for token c and for feature c - 1.
+def shown_columns(sees: Tensor) -> Visibilities:
+    """What tokens see by one [`bias_of`] columns, (B, T, columns): column c stands for token c and for feature c - 1.
 
     Every token sees its own column, which is not the first: so it sees a token and a feature.
     """
-    bias = sees.unsqueeze(1).to(dtype).log()  # 0 or -inf
+    bias = sees.unsqueeze(1)
     return Visibilities(*(Biased(aligned_bias(part)) for part in (bias, bias[..., 1:])))
+
+
+def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores for a mask that is True where something is seen: 0 there, else -inf."""
+    return mask.to(dtype).log()
 
 
 def text_visibilities(

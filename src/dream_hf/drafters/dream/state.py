@@ -26,7 +26,7 @@ from ...runtime.slots import Slots
 from ...runtime.threads import cpu_threads
 from ..levels import Beams, SlotLevel, TargetHead, first_level, next_level
 from ..masked_attention import MASK_ENTRIES
-from ..visibility import FromStart, Visibilities, shown_columns
+from ..visibility import FromStart, Visibilities, bias_of, shown_columns
 from .compression import DrafterText
 from .functional import DecodingForward, decoding_forward, is_plain_throughout
 from .modeling import DreamModel
@@ -111,7 +111,7 @@ class DrafterState:
         for part in parts:
             own = starts + torch.arange(part.start, part.stop, device=embeds.device)
             sees = torch.arange(self.reserve(part.stop - part.start), device=embeds.device) <= own[..., None]
-            seen, places = shown_columns(sees, embeds.dtype), self.forward.places(embeds, positions[:, part])
+            seen, places = shown_columns(bias_of(sees, embeds.dtype)), self.forward.places(embeds, positions[:, part])
             hidden.append(self._forward(embeds[:, part], features[:, part], seen, places))
             if len(parts) > 1:
                 self.extend(part.stop - part.start)  # until all is read
@@ -162,9 +162,9 @@ class DrafterState:
     def beams(self, embeds: torch.Tensor, features: torch.Tensor, sees: torch.Tensor, level: int) -> torch.Tensor:
         """Run one level's beams, tentatively: embeds (B, k, H), their parents' features (B, k, H) -> features (B, k, H).
 
-        `sees` (B, k, columns) tells which slots each beam sees: the verified ones, its ancestors' and its own.
+        `sees` (B, k, columns) is 0 for slots that a beam sees, the verified ones, its ancestors' and its own, else -inf.
         """
-        hidden = self._forward(embeds, features, shown_columns(sees, embeds.dtype), self._places_of(level, embeds))
+        hidden = self._forward(embeds, features, shown_columns(sees), self._places_of(level, embeds))
         self.extend(embeds.shape[1])
         return hidden
 
@@ -254,7 +254,7 @@ def run_level(
 ) -> SlotLevel:
     """A whole level as one function of tensors, to be compiled: the beams go in, their children come out."""
     embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
-    hidden = forward(embeds, beams.features, shown_columns(beams.sees, embeds.dtype), places, cache)
+    hidden = forward(embeds, beams.features, shown_columns(beams.sees), places, cache)
     return next_level(head, beams, hidden, top_k)
 
 

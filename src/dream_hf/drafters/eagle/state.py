@@ -19,7 +19,7 @@ from ...runtime.slots import Slots
 from ...runtime.threads import cpu_threads
 from ..levels import SlotLevel, TargetHead, first_level, next_level
 from ..masked_attention import MASK_ENTRIES, aligned_bias
-from ..visibility import Biased, FromStart, Visibility
+from ..visibility import Biased, FromStart, Visibility, bias_of
 from .modeling import EagleModel
 
 
@@ -79,11 +79,11 @@ class EagleState:
     def beams(self, embeds: torch.Tensor, states: torch.Tensor, sees: torch.Tensor, depth: int) -> torch.Tensor:
         """Run one level's beams, tentatively: embeds and their parents' states (B, k, H) -> states (B, k, H).
 
-        `sees` (B, k, columns) tells which rows each beam sees: the verified ones, its ancestors' and its own.
+        `sees` (B, k, columns) is 0 for rows that a beam sees, the verified ones, its ancestors' and its own, else -inf.
         """
         assert self.root_positions is not None  # something has been read
         positions = (self.root_positions + depth).expand(-1, embeds.shape[1])
-        hidden = self._forward(embeds, states, _biased(sees, embeds.dtype), positions)
+        hidden = self._forward(embeds, states, _biased(sees), positions)
         self.slots.extend(embeds.shape[1])
         return hidden
 
@@ -104,7 +104,7 @@ class EagleState:
             part = slice(first, min(first + size, num_new))
             own = starts + torch.arange(part.start, part.stop, device=embeds.device)
             columns = torch.arange(self.slots.end + part.stop - part.start, device=embeds.device)
-            seen = _biased(columns <= own[..., None], embeds.dtype)
+            seen = _biased(bias_of(columns <= own[..., None], embeds.dtype))
             hidden.append(self._forward(embeds[:, part], states[:, part], seen, positions[..., part]))
             self.slots.extend(part.stop - part.start)  # until all is read
         return torch.cat(hidden, dim=1)
@@ -150,9 +150,9 @@ class EagleLevels:
         self.state.slots.rollback()
 
 
-def _biased(sees: torch.Tensor, dtype: torch.dtype) -> Biased:
-    """What rows see by a mask (B, T, columns), in which each sees itself."""
-    return Biased(aligned_bias(sees.unsqueeze(1).to(dtype).log()))
+def _biased(sees: torch.Tensor) -> Biased:
+    """What rows see by a [`bias_of`] columns, (B, T, columns), in which each sees itself."""
+    return Biased(aligned_bias(sees.unsqueeze(1)))
 
 
 def _highest(positions: torch.Tensor, counts: Counts) -> torch.Tensor:
