@@ -124,7 +124,7 @@ def test_any_tree(name, shape):
     assert_lossless(target, inputs, lambda: {"max_new_tokens": 32}, drafts=["untrained", "tree"], **config)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.25, 0.01])
+@pytest.mark.parametrize("ratio", [1.0, 0.25, 0.01, 0.0])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llava_clip_llama", "gemma4_shared", "qwen2_vl"])
 def test_any_share_of_visual_tokens(name, attention, ratio):

@@ -360,7 +360,7 @@ BAD_TREES = [
     ("tree_top_k", -1),
     ("tree_size", 2.5),
     ("tree_top_k", 105),
-    ("visual_keep_ratio", 0.0),
+    ("visual_keep_ratio", -0.1),
     ("pause_below", -1.0),
 ]
 

@@ -1,14 +1,17 @@
-"""Ranking visual tokens by novelty: what it says, and that it takes no attention maps."""
+"""Which visual tokens are kept: by novelty, evenly, as means of runs; none of it takes attention maps."""
+
+import math
 
 import pytest
 import torch
 from double import TIGHT, doubles
 from families import family
+from lossless import assert_same_tokens, generate, untrained
 
 from dream_hf import DreamConfig, DreamDrafter
 from dream_hf.decoding import prompt
 from dream_hf.drafters.dream import session
-from dream_hf.drafters.dream.compression import novelty, tokens_to_keep
+from dream_hf.drafters.dream.compression import compress_text, even_runs, mean_of_runs, novelty, tokens_to_keep
 
 
 def slow_novelty(features, is_visual):
@@ -72,7 +75,74 @@ def test_decoding_by_novelty_observes_no_attention(monkeypatch, name):
     assert torch.equal(num_kept, (num_visual * 0.5).ceil().long()) and num_kept.min() > 0
 
 
-def test_importance_is_one_of_two():
-    with pytest.raises(ValueError, match=r"`visual_importance` \('size'\) must be one of \['attention', 'novelty'\]"):
+@pytest.mark.parametrize("ratio", [1.0, 0.6, 1 / 3, 0.05])
+@pytest.mark.parametrize("num_visual", [0, 1, 5, 12])
+def test_runs_are_even_and_end_at_the_last_token(num_visual, ratio):
+    is_visual = torch.zeros(2, 20, dtype=torch.bool)
+    is_visual[0, 3 : 3 + num_visual] = True
+    is_visual[1, torch.tensor([1, 2, 9, 10, 11])] = True
+    runs, ends = even_runs(is_visual, ratio)
+    for row in range(2):
+        found = runs[row][is_visual[row]].tolist()
+        count = math.ceil(len(found) * ratio - 1e-6)
+        sizes = [found.count(run) for run in range(count)]
+        assert found == sorted(found) and sum(sizes) == len(found) and (not sizes or max(sizes) - min(sizes) <= 1)
+        last = [len(found) - 1 - found[::-1].index(run) for run in range(count)]
+        assert ends[row][is_visual[row]].nonzero().flatten().tolist() == last
+        assert (runs[row][~is_visual[row]] == -1).all() and not ends[row][~is_visual[row]].any()
+
+
+def test_means_take_the_place_of_runs():
+    states = doubles(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    runs = torch.tensor([[-1, 0, 0, -1, 1, 1, 1], [-1, -1, -1, -1, -1, -1, -1]])
+    means = mean_of_runs(states, runs)
+    torch.testing.assert_close(means[0, 1], states[0, 1:3].mean(0), **TIGHT)
+    torch.testing.assert_close(means[0, 5], states[0, 4:].mean(0), **TIGHT)
+    assert torch.equal(means[0, [0, 3]], states[0, [0, 3]]) and torch.equal(means[1], states[1])
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.05, 0.0])
+@pytest.mark.parametrize("importance", ["uniform", "pool", "attention"])
+def test_texts_without_most_of_a_picture(importance, ratio):
+    """Counts, positions that rise, all text as it was; pooling changes what is read and not where it stands."""
+    generator = torch.Generator().manual_seed(1)
+    embeds, features = (doubles(2, 24, 4, generator=generator) for _ in range(2))
+    real = torch.ones(2, 24, dtype=torch.bool)
+    real[1, :5] = False
+    is_visual = torch.zeros(2, 24, dtype=torch.bool)
+    is_visual[0, 2:14], is_visual[1, 7:10] = True, True
+    received = torch.rand(2, 24, generator=generator)
+    text = compress_text(embeds, features, real, is_visual, ratio, importance, received if ratio else None)
+    for row, num_text in enumerate((12, 16)):
+        count = int(text.counts[row])
+        assert count == num_text + math.ceil(int(is_visual[row].sum()) * ratio)
+        assert text.positions[row, :count].diff().min() > 0
+        order = text.order[row, :count]
+        is_text = ~is_visual[row, order]
+        assert is_text.sum() == num_text
+        assert torch.equal(text.features[row, :count][is_text], features[row, order][is_text])
+        if importance != "pool":
+            assert torch.equal(text.embeds[row, :count], embeds[row, order])
+        elif ratio == 0.5 and row == 0:
+            first = order[~is_text][0]  # of two neighbours
+            torch.testing.assert_close(text.embeds[row, 2], embeds[row, first - 1 : first + 1].mean(0), **TIGHT)
+
+
+@pytest.mark.parametrize("importance", ["uniform", "pool"])
+@pytest.mark.parametrize("ratio", [0.3, 0.05, 0.0])
+def test_decoding_with_few_visual_tokens_is_lossless(monkeypatch, importance, ratio):
+    each = family("qwen2_vl")
+    target = each.make_target()
+    inputs = each.make_inputs(target, 3, images=[1, 0, 2])
+    drafter = untrained(target, visual_keep_ratio=ratio, visual_importance=importance)
+    monkeypatch.setattr(prompt, "observe_attention", lambda *_: pytest.fail("attention was observed"))
+    expected = generate(target, inputs, max_new_tokens=12)
+    assert_same_tokens(expected, generate(target, inputs, max_new_tokens=12, assistant_model=drafter))
+
+
+def test_importance_is_one_of_four():
+    with pytest.raises(
+        ValueError, match=r"`visual_importance` \('size'\) must be one of \['attention', 'novelty', 'uni"
+    ):
         DreamConfig(visual_importance="size")
     assert DreamConfig().visual_importance == "attention"

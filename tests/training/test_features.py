@@ -1,5 +1,7 @@
 """Features made for training: the selector against all attention maps, parity with decoding, rollouts against drafting."""
 
+import math
+
 import pytest
 import torch
 from answered import Answered, answer
@@ -155,18 +157,20 @@ BY_NOVELTY = ["llava_clip_llama", "gemma3", "qwen2_5_vl", "idefics3", "llava_pix
 
 
 @pytest.mark.parametrize(
-    ("name", "importance"),
-    [(candidate.name, "attention") for candidate in FAMILIES] + [(name, "novelty") for name in BY_NOVELTY],
+    ("name", "importance", "ratio"),
+    [(candidate.name, "attention", 0.5) for candidate in FAMILIES]
+    + [(name, "novelty", 0.5) for name in BY_NOVELTY]
+    + [(name, *how) for name in BY_NOVELTY[:3] for how in (("uniform", 0.05), ("pool", 0.3), ("pool", 0.0))],
 )
-def test_training_reads_what_decoding_reads(name, importance, monkeypatch):
-    """Invariant 6: the same tokens kept, embeddings, features and positions, for padded rows and half the picture."""
+def test_training_reads_what_decoding_reads(name, importance, ratio, monkeypatch):
+    """Invariant 6: the same tokens kept, embeddings, features and positions, for padded rows and a part of the picture."""
     member = family(name)
     target = member.make_target()
-    kept = {"visual_keep_ratio": 0.5, "visual_importance": importance}
+    kept = {"visual_keep_ratio": ratio, "visual_importance": importance}
     drafter = make_drafter(target, **kept, tree_depth=2, tree_top_k=2, tree_size=4)
     lengths = [5, 3]
     text = answer(member, target, lengths)
-    _, batch = extract(target, text, keep_ratio=0.5, importance=importance)
+    _, batch = extract(target, text, keep_ratio=ratio, importance=importance)
     for row, (prompt, length) in enumerate(zip(text.prompts, lengths, strict=True)):
         ids, embeds, features, positions = decoding_inputs(target, drafter, prompt, length, monkeypatch)
         assert ids[0, -length:].tolist() == text.answers[row].tolist()
@@ -176,7 +180,8 @@ def test_training_reads_what_decoding_reads(name, importance, monkeypatch):
         torch.testing.assert_close(batch.text.embeds[row, : len(embeds)], embeds, **TIGHT)
         torch.testing.assert_close(batch.text.features[row, : len(features)], features, **TIGHT)
         num_visual = int(Target(target).is_visual(prompt["input_ids"]).sum())
-        assert count == prompt["input_ids"].shape[1] + length - num_visual // 2
+        num_kept = math.ceil(num_visual * ratio - 1e-6)
+        assert count == prompt["input_ids"].shape[1] + length - num_visual + num_kept
 
 
 def test_predictions_are_followed_by_an_answer_token():

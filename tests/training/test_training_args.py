@@ -44,7 +44,10 @@ REFUSALS = {
     "growing rollout": ({"rollout_decay": 1.5}, r"`rollout_decay` \(1.5\) must be above 0 and at most 1"),
     "no chain": ({"rollout_share": 0.0}, r"`rollout_share` \(0.0\) must be above 0 and at most 1"),
     "unknown importance": ({"visual_importance": "size"}, r"`visual_importance` \('size'\) must be one of"),
-    "nothing kept": ({"visual_keep_ratio": 0.0}, r"`visual_keep_ratio` \(0.0\) must be above 0 and at most 1"),
+    "less than nothing kept": (
+        {"visual_keep_ratio": -0.1},
+        r"`visual_keep_ratio` \(-0.1\) must be at least 0 and at most 1",
+    ),
     "short rows": ({"max_length": 1}, r"`max_length` \(1\) must be at least 2"),
     "negative bad rows": ({"max_bad_rows": -1}, r"`max_bad_rows` \(-1\) must be at least 0"),
     "no cache space": ({"feature_cache_max_gb": 0.0}, r"`feature_cache_max_gb` \(0.0\) must be above 0"),

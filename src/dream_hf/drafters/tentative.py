@@ -40,10 +40,17 @@ class TentativeLevels:
         forward (`NodeForward`): The model's forwards; its tentative slots are empty between two trees.
         draftable (`Draftable`): What may be drafted.
         read_root (`Callable`): Gives the logits (B, 1, V) after the last token of each row, whose forward it may make.
+        device (`torch.device`): Where trees are grown; logits may lie elsewhere.
     """
 
-    def __init__(self, forward: NodeForward, draftable: Draftable, read_root: Callable[[], torch.Tensor]):
-        self.forward, self.draftable, self.read_root = forward, draftable, read_root
+    def __init__(
+        self,
+        forward: NodeForward,
+        draftable: Draftable,
+        read_root: Callable[[], torch.Tensor],
+        device: torch.device,
+    ):
+        self.forward, self.draftable, self.read_root, self.device = forward, draftable, read_root, device
         self.depths: list[int] = []  # of the nodes in the tentative slots
 
     def first_level(self, num_levels: int, top_k: int) -> SlotLevel:
@@ -53,21 +60,21 @@ class TentativeLevels:
         num_before = self.forward.slots.tentative  # 1 where the root itself is a node, else 0
         self.depths = list(range(num_before))
         # Columns are nodes, so that all of them before the first beams are seen.
-        lengths = torch.full(logits.shape[:1], num_before, device=logits.device)
-        scores, tokens = top_log_probs(logits, top_k)
-        return level_below_root(scores, tokens, _no_features(logits), lengths, num_before + num_levels * top_k)
+        lengths = torch.full(logits.shape[:1], num_before, device=self.device)
+        scores, tokens = (part.to(self.device) for part in top_log_probs(logits, top_k))
+        return level_below_root(scores, tokens, _no_features(scores), lengths, num_before + num_levels * top_k)
 
     def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
         """Run the best nodes of a level at `places`, tentatively, and find `top_k` children of each."""
         beams = level.beams(places)
         above = self.depths[-1] if self.depths else -1
         self.depths += [above + 1] * len(places)
-        depths = torch.tensor(self.depths, device=beams.tokens.device)
+        depths = torch.tensor(self.depths, device=self.device)
         with phase(DRAFTER):
             outputs = self.forward.draft(beams.tokens, depths, beams.sees[..., : len(self.depths)] == 0)
             logits = self.draftable(outputs.logits[:, -len(places) :])
-        scores, tokens = (part.to(beams.tokens.device) for part in top_log_probs(logits, top_k))
-        return level_below(beams, scores, tokens, _no_features(beams.scores[..., None]))
+        scores, tokens = (part.to(self.device) for part in top_log_probs(logits, top_k))
+        return level_below(beams, scores, tokens, _no_features(scores))
 
     def forget_levels(self) -> None:
         """Empty the tentative slots."""

@@ -55,8 +55,8 @@ class DreamTrainingArguments(TrainingArguments):
         visual_keep_ratio (`float`, *optional*):
             Share of the visual tokens that the drafter sees; by default `drafter.config.visual_keep_ratio`, as in
             decoding.
-        visual_importance (`"attention"` or `"novelty"`, *optional*):
-            How visual tokens are ranked; by default `drafter.config.visual_importance`.
+        visual_importance (`"attention"`, `"novelty"`, `"uniform"` or `"pool"`, *optional*):
+            Which visual tokens are kept; by default `drafter.config.visual_importance`.
         rollout_steps (`int`, defaults to 1):
             Steps in which the drafter is trained on its own features of the step before, as it meets them in decoding
             (HASS, EAGLE-3); 1 is the paper's.
@@ -118,7 +118,8 @@ class DreamTrainingArguments(TrainingArguments):
         None, "Share of the visual tokens that the drafter sees; by default that of its config, as in decoding."
     )
     visual_importance: str | None = _argument(
-        None, "How visual tokens are ranked, attention or novelty; by default as the drafter's config says."
+        None,
+        "Which visual tokens are kept, by attention, novelty, uniform or pool; by default as the drafter's config says.",
     )
     rollout_steps: int = _argument(1, "Training steps fed with the drafter's own features; 1 is the paper's.")
     rollout_decay: float = _argument(0.8, "Step k of a rollout weighs rollout_decay**k.")
@@ -175,8 +176,9 @@ class DreamTrainingArguments(TrainingArguments):
         self._require(1, math.inf, "rollout_steps", "early_stopping_patience", "static_layer_index")
         self._require(2, math.inf, "max_length")
         self._require(1, math.inf, "draft_vocab_size")
-        for name in ("static_layer_depth", "candidate_depth", "visual_keep_ratio", "rollout_decay", "rollout_share"):
+        for name in ("static_layer_depth", "candidate_depth", "rollout_decay", "rollout_share"):
             self._require(0, 1, name, is_open_below=True)
+        self._require(0, 1, "visual_keep_ratio")
         self._require(0, math.inf, "feature_cache_max_gb", is_open_below=True)
         weights = [self.final_feature_loss_weight, self.kl_loss_weight]
         weights += [self.mid_feature_loss_weight] * (self.feature_selection != "none")

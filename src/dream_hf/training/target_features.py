@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..drafters.dream.compression import DrafterText, compress_text
+from ..drafters.dream.reading import Reading
 from ..targets.attention_statistics import attention_entropy, attention_received, observe_attention
 from ..targets.target import Target
 
@@ -250,7 +251,7 @@ class FeatureExtractor:
     def _measuring(self, places: Places, answer_mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
         """Collect the attention received in the last layer, if visual tokens are to be left out by it."""
         received: list[torch.Tensor] = []
-        is_wanted = self.keep_ratio < 1.0 and self.importance == "attention"
+        is_wanted = Reading(self.keep_ratio, self.importance).needs_attention
         if not (is_wanted and bool(places.is_visual.any())):
             yield received
             return

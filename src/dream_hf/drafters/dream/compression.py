@@ -1,4 +1,4 @@
-"""Which of the prompt's tokens the drafter keeps (paper, section 3.3; ranking by novelty is beyond it)."""
+"""Which of the prompt's tokens the drafter keeps (paper, section 3.3; all ways but ranking by attention are beyond it)."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def compress_text(
         embeds, features (`torch.Tensor` of shape `(B, T, H)`): What the target made of the text's last T tokens.
         real (`torch.BoolTensor` of shape `(B, P + T)`): False at padding, in the P tokens before these as well.
         is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
-        keep_ratio (`float`): Share of the visual tokens to keep.
-        importance (`str`): How visual tokens are ranked, as `DreamConfig.visual_importance` says.
+        keep_ratio (`float`): Share of the visual tokens to keep; 0 for none.
+        importance (`str`): Which ones, as `DreamConfig.visual_importance` says.
         received (`torch.Tensor` of shape `(B, T)`, *optional*): Attention each token receives from the prompt's queries in the
             target's last layer. Where tokens are ranked by it and it was not measured, all are kept.
 
@@ -65,7 +65,14 @@ def compress_text(
     num_tokens = features.shape[1]
     positions = (real.long().cumsum(-1) - 1)[:, -num_tokens:]
     keep = real = real[:, -num_tokens:]
-    if keep_ratio < 1.0:
+    if keep_ratio == 0.0:
+        keep = real & ~is_visual
+    elif keep_ratio < 1.0 and importance in ("uniform", "pool"):
+        runs, ends = even_runs(is_visual & real, keep_ratio)
+        keep = real & (~is_visual | ends)
+        if importance == "pool":
+            embeds, features = (mean_of_runs(states, runs) for states in (embeds, features))
+    elif keep_ratio < 1.0:
         ranking = novelty(features, is_visual) if importance == "novelty" else received
         if ranking is not None:
             keep = real & tokens_to_keep(ranking, is_visual & real, keep_ratio)
@@ -124,3 +131,36 @@ def tokens_to_keep(importance: torch.Tensor, is_visual: torch.Tensor, keep_ratio
         1, ranking, torch.arange(ranking.shape[1], device=ranking.device).expand_as(ranking)
     )
     return ~is_visual | (ranks < quota)
+
+
+def even_runs(is_visual: torch.Tensor, keep_ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut each row's visual tokens into as many even runs as are kept (SpecVLM, arXiv 2509.11815, pools such runs).
+
+    Args:
+        is_visual (`torch.BoolTensor` of shape `(B, T)`): True at visual tokens.
+        keep_ratio (`float`): Share of the visual tokens to keep, rounded up.
+
+    Returns:
+        `tuple`: The run of each visual token, -1 at others, and where the last token of each run is, (B, T) each.
+    """
+    num_visual = is_visual.sum(-1, keepdim=True)
+    quota = (num_visual * keep_ratio - 1e-6).ceil().long()
+    places = is_visual.long().cumsum(-1)  # from 1 on
+    runs = (places * quota + num_visual - 1) // num_visual.clamp(min=1) - 1
+    following = (places + 1) * quota + num_visual - 1
+    ends = is_visual & ((following // num_visual.clamp(min=1) - 1 > runs) | (places == num_visual))
+    return runs.masked_fill(~is_visual, -1), ends
+
+
+def mean_of_runs(states: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
+    """Put the mean of each run in place of its states (B, T, H); those of no run, -1 in `runs` (B, T), stay as they are."""
+    num_runs = int(runs.max()) + 1
+    if not num_runs:
+        return states
+    wide = runs.masked_fill(runs < 0, num_runs)[..., None]
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    shape = (states.shape[0], num_runs + 1)
+    sums = exact.new_zeros(*shape, states.shape[2]).scatter_add_(1, wide.expand_as(exact), exact)
+    sizes = exact.new_zeros(*shape, 1).scatter_add_(1, wide, torch.ones_like(exact[..., :1]))
+    means = (sums / sizes.clamp(min=1)).to(states.dtype)
+    return torch.where(runs[..., None] < 0, states, means.gather(1, wide.expand_as(states)))

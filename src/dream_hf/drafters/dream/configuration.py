@@ -60,10 +60,11 @@ class DreamConfig(PreTrainedConfig):
             no deeper than twice what the best of these steps gained. With 0 every step drafts a full tree; anything up to 1
             never pauses, for every step gains a token. The output stays exact. New drafters
             ([`DreamDrafter.for_target`]) start with 1.5, so that one that knows nothing yet costs little; a saved value stays.
-        visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3).
+        visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3); 0 for none.
         visual_importance (`str`): Which visual tokens are kept: `"attention"` ranks them by the attention they receive from
             the prompt in the target's last layer (paper), `"novelty"` by how unlike those before them their features are,
-            which takes no attention maps and first leaves out backgrounds.
+            which takes no attention maps and first leaves out backgrounds; `"uniform"` keeps the last of each of even runs,
+            `"pool"` the means of such runs (SpecVLM, arXiv 2509.11815).
         compile (`bool`): Compile the forwards of decoding where that is possible; the first `generate()` waits for it.
             How is said by `generate(..., compile_config=...)`, which also switches it on.
         draft_threads (`int`, *optional*): CPU threads that draft; by default as many as PyTorch uses. The levels of a small

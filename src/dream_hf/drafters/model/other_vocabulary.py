@@ -114,7 +114,7 @@ class RespellingSession(DraftSession):
 
     def levels(self) -> TentativeLevels:
         """The levels below the last tokens, in the drafter's vocabulary."""
-        return TentativeLevels(self.forward, self.draftable, lambda: self.root_logits)
+        return TentativeLevels(self.forward, self.draftable, lambda: self.root_logits, self.model.model.device)
 
     def read(self, verified: Verified) -> None:
         for written, tokens, count in zip(self.written, verified.tokens.tolist(), verified.counts, strict=True):

@@ -58,7 +58,7 @@ class ModelSession(DraftSession):
     def levels(self) -> TentativeLevels:
         """The levels below the last tokens; what was gained is read first."""
         self._catch_up()
-        return TentativeLevels(self.forward, self.draftable, lambda: self.root_logits)
+        return TentativeLevels(self.forward, self.draftable, lambda: self.root_logits, self.model.model.device)
 
     def read(self, verified: Verified) -> None:
         self._note(verified.tokens, verified.counts)

@@ -17,8 +17,15 @@ from .choice import SublayerChoice
 from .search import SkipSearch
 from .session import SkipSession
 
-# A level costs half a step, so that only what is nearly certain is worth going on from.
-DEFAULTS = DraftSettings(tree_depth=6, tree_top_k=3, tree_size=16, tree_min_level_probability=0.7)
+# A level costs half a step, so that only what is nearly certain is worth going on from; two levels have to gain a token.
+DEFAULTS = DraftSettings(
+    tree_depth=8,
+    tree_top_k=2,
+    tree_size=10,
+    tree_min_level_probability=0.85,
+    tree_min_node_probability=0.1,
+    pause_below=2.0,
+)
 
 
 class LayerSkipDrafter(Drafter):

@@ -46,7 +46,7 @@ class SkipSession(DraftSession):
 
     def levels(self) -> TentativeLevels:
         """The levels below the last tokens, the root being the first node of all."""
-        return TentativeLevels(self.forward, self.draftable, self._read_root)
+        return TentativeLevels(self.forward, self.draftable, self._read_root, self.roots.device)
 
     def read(self, verified: Verified) -> None:
         for row, tokens, count in zip(self.written, verified.tokens.tolist(), verified.counts, strict=True):
