@@ -26,6 +26,7 @@ import engine_floor
 import engine_rows
 import engine_ways
 import prompt_memory
+import tree_attention
 from engine_planting import accept_probability, make_plan, plant
 from engine_shapes import SHAPES, TINY, make_drafter, make_prompt, make_target
 
@@ -264,6 +265,14 @@ def test_launches_of_a_step_are_few(tmp_path, capsys):
     # Of so few layers the mask and what is kept are a large share: with 32 of them they are 0.14.
     assert row["dream"]["target_over_plain"] < 1.6 and row["dream"]["graphs"] == 0
     assert row["dream"]["made"] < 1 and row["dream"]["allocated"] > 0
+
+
+def test_both_ways_of_attending_are_timed(capsys):
+    run = ["--slots", "40", "--dtypes", "float64", "--layers", "2", "--width", "64", "--repeats", "2", "--device", "cpu"]
+    rows = tree_attention.main(run)
+    assert [row["attention"] for row in rows] == ["sdpa", "eager"] and "times as fast" in capsys.readouterr().out
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["repeated_ms"] / row["grouped_ms"]) and row["difference"] < 1e-6
 
 
 def test_launches_are_counted_by_phase():

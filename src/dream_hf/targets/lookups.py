@@ -22,6 +22,10 @@ class ScopedWrap:
         self.lock = threading.Lock()
         self.num_users = 0
         self.own: Any = None  # what the class itself has, if it does not inherit it
+        self.wrapped: tuple[Any, Any] = (
+            None,
+            None,
+        )  # what was wrapped last, and the wrap: compiled code knows it again
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -29,7 +33,10 @@ class ScopedWrap:
             self.num_users += 1
             if self.num_users == 1:
                 self.own = vars(self.owner).get(self.name)
-                setattr(self.owner, self.name, self.wrap(getattr(self.owner, self.name)))
+                found = getattr(self.owner, self.name)
+                if self.wrapped[0] is not found:
+                    self.wrapped = found, self.wrap(found)
+                setattr(self.owner, self.name, self.wrapped[1])
         try:
             yield
         finally:

@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ..runtime.phases import MASK, phase
 from .attention_statistics import ArgumentRecord
+from .grouped_attention import grouping, groups_available
 from .lookups import ScopedWrap, wrapped_lookup
 
 
@@ -74,6 +75,7 @@ def tree_masks_available(decoder: nn.Module, text_config: Any, noted: ArgumentRe
     name = tree_implementation(decoder, text_config, noted)
     with ExitStack() as stack:
         stack.enter_context(_mask_wrap.installed())
+        stack.enter_context(groups_available())
         if name != text_config._attn_implementation:
             stack.enter_context(_name_wrap.installed())
             token = _implementations.set(dict.fromkeys(map(id, _text_configs(decoder, text_config)), name))
@@ -86,7 +88,8 @@ def tree_scope(scope: TreeScope) -> Iterator[None]:
     """Forwards of Q new tokens in the block treat them as the last nodes of a tree."""
     token, masks = _tree.set(scope), _tree_masks.set([])
     try:
-        yield
+        with grouping():
+            yield
     finally:
         _tree.reset(token)
         _tree_masks.reset(masks)
