@@ -181,7 +181,7 @@ def test_levels_come_in_one_layout(monkeypatch):
 
 
 def test_twenty_calls_find_everything_where_it_was():
-    """Addresses of buffers, graphs, memory: whatever the first call made serves the others, with other prompts of its length."""
+    """Addresses of buffers, graphs, memory: what the first call made serves others, with other prompts."""
     target = family("llama").make_target(dtype=torch.float32)
     drafter = untrained(target, tree_depth=3, tree_top_k=2, tree_size=6)
     torch._dynamo.utils.counters.clear()
