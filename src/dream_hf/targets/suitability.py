@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
 from ..runtime.kv_cache import unsupported_layer
+from .recurrence import keeps_state, unsuitable_states
 from .rotary import is_length_dependent
 from .target import Target, text_decoder, unwrap
 from .tree_masks import takes_tree_masks
@@ -58,6 +59,8 @@ def not_in_graphs(target: Target) -> str | None:
     name, implementation = type(target.model).__name__, target.text_config._attn_implementation
     if target.rescaled_attentions:
         return f"`{name}` scales queries by cache slot, which needs hooks in a tree"
+    if keeps_state(target.text_config):
+        return f"`{name}` has layers with state, whose trees are not compiled yet"
     if target.length_dependent_rotaries:
         return f"`{name}` has rotary angles that depend on the text's length, which needs hooks"
     if target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
@@ -78,11 +81,16 @@ def _other_kind(model: PreTrainedModel) -> str | None:
     if model.config.is_encoder_decoder:
         return f"`{name}` is an encoder-decoder model; drafters need a decoder-only target."
     layer = unsupported_layer(DynamicCache(config=text_config))
-    if layer is not None or model._is_stateful:
+    if layer is not None:
+        return f"`{name}` keeps a cache layer of a kind that trees cannot be taken back from ({layer}). {REMEDY}"
+    decoder = text_decoder(unwrap(model))
+    reason = unsuitable_states(decoder, text_config)
+    if reason is None and model._is_stateful and not keeps_state(text_config):
+        reason = "it is not in the cache"
+    if reason is not None:
         return (
-            f"`{name}` keeps recurrent or convolutional state in some layers ({layer or 'stateful'}), which "
-            "cannot be rolled back to an accepted path. Use a target whose layers are attention only, or generate without "
-            "`assistant_model`."
+            f"`{name}` keeps recurrent or convolutional state in some layers, which cannot follow the paths of a tree: "
+            f"{reason}. {REMEDY}"
         )
     if getattr(text_config, "is_decoder", None) is False and not all(
         getattr(module, "is_causal", True) for module in unwrap(model).modules()

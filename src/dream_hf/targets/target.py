@@ -19,6 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention_statistics import ArgumentRecord, note_arguments
+from .recurrence import trees_of_states
 from .reduced_head import reduced_head
 from .rotary import is_length_dependent, plain_angles
 from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_masks_available
@@ -219,6 +220,7 @@ class Target:
             with (
                 tree_masks_available(self.decoder, self.text_config, self.noted),
                 plain_angles(self.length_dependent_rotaries),
+                trees_of_states(self.decoder),
             ):
                 yield
         finally:

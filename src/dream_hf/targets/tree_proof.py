@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
+from .recurrence import state_mixers
 from .tree_masks import TreeMask, current_tree, layer_index, text_attentions, tree_masks, visible
 
 
@@ -52,7 +53,8 @@ class TreeProof:
             return
         witness = _Witness()
         with ExitStack() as stack:
-            for module in text_attentions(self.decoder):
+            mixers = set(state_mixers(self.decoder))
+            for module in filter(lambda module: module not in mixers, text_attentions(self.decoder)):
                 stack.callback(module.register_forward_pre_hook(witness.see_attention, with_kwargs=True).remove)
             for module in self.must_run:
                 stack.callback(module.register_forward_hook(witness.see_run).remove)
@@ -89,6 +91,7 @@ class _Witness:
         self.scope = current_tree()
         self.num_caches = 0
         self.written: set[int] = set()  # cache layers that hold keys
+        self.stateful: set[int] = set()  # those that hold a state instead; see `recurrence`
         self.has_mask: dict[nn.Module, bool] = {}
         self.has_run: set[nn.Module] = set()
         self.wanted: list[tuple[Any, torch.Tensor | None]] = []  # masks built so far, and None for wrong ones
@@ -99,7 +102,11 @@ class _Witness:
         caches = [value for value in given if isinstance(value, Cache)]
         if current_tree() is not self.scope or not caches:
             return
-        self.written |= {i for i, layer in enumerate(caches[0].layers) if getattr(layer, "keys", None) is not None}
+        for index, layer in enumerate(caches[0].layers):
+            if getattr(layer, "keys", None) is not None:
+                self.written.add(index)
+            elif isinstance(layer, LinearAttentionCacheLayerMixin):
+                self.stateful.add(index)
         has_mask = any(self.is_tree_mask(value) for value in given)
         self.has_mask[module] = has_mask and self.has_mask.get(module, True)
 
@@ -122,7 +129,7 @@ class _Witness:
         """What has not been proven."""
         inner = [m for m in self.has_mask if not any(part in self.has_mask for part in m.modules() if part is not m)]
         bare = {index for module in inner if not self.has_mask[module] and (index := layer_index(module)) is not None}
-        bare |= self.written - {layer_index(module) for module in inner}
+        bare = (bare - self.stateful) | (self.written - {layer_index(module) for module in inner})
         if not inner:
             return "none of its layers was seen to attend"
         if any(wanted is None for _, wanted in self.wanted):
