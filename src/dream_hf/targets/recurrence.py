@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttent
 from ..runtime.recurrent import linear, selective
 from ..runtime.recurrent.layers import StateLayer, current_layer
 from .lookups import ScopedWrap
-from .tree_masks import layer_index
+from .tree_masks import layer_index, text_attentions
 
 CONVOLUTION = "causal_conv1d_fn"
 STATELESS_KINDS = ("mlp", "moe")  # in transformers 5.20 their layers look like layers with state, and are never used
@@ -87,9 +87,7 @@ def tree_chunk_scan(
     inputs, keys, queries = (part.transpose(1, 2).to(precise) for part in (hidden_states, B, C))
     steps = dt.transpose(1, 2)[..., None]  # (B, H, N, 1)
     log_decays = steps * A.to(precise)[:, None, None]
-    outputs, record = linear.over_tree(
-        queries, keys, inputs * steps, log_decays, state.mT, layer.paths.ancestors
-    )
+    outputs, record = linear.over_tree(queries, keys, inputs * steps, log_decays, state.mT, layer.paths.ancestors)
     layer.note(state.mT, record)
     if D is not None:
         outputs = outputs + D[:, None, None] * inputs
@@ -114,7 +112,8 @@ def tree_selective_scan(
     state = whole[:, len(layer.records)] if whole.ndim == 4 else whole
     bias = None if delta_bias is None else delta_bias[:, None]
     steps, inputs, writes, reads = (
-        part.transpose(1, 2).to(_precise(state)) for part in (_step_sizes(dt, bias, delta_softplus), hidden_states, B, C)
+        part.transpose(1, 2).to(_precise(state))
+        for part in (_step_sizes(dt, bias, delta_softplus), hidden_states, B, C)
     )
     record = selective.SelectiveSteps(A.to(steps.dtype), steps, steps * inputs, writes)
     outputs = selective.over_tree(record, reads, state, layer.paths.parents).transpose(1, 2)
@@ -168,6 +167,16 @@ def state_mixers(decoder: nn.Module) -> list[nn.Module]:
         for module in decoder.modules()
         if layer_index(module) is not None and any(isinstance(child, nn.Conv1d) for child in module.children())
     ]
+
+
+def attending_modules(decoder: Any) -> list[nn.Module]:
+    """The modules of a decoder that attend, and the layers around them."""
+    others = set(state_mixers(decoder))
+    kinds = enumerate(getattr(decoder.config, "layer_types", None) or ())
+    stateless = {index for index, kind in kinds if kind in STATELESS_KINDS}
+    others |= {module for module in text_attentions(decoder) if layer_index(module) in stateless}
+    shared = (module for name, module in decoder.named_modules() if name.endswith(".self_attn"))  # by several layers
+    return [module for module in dict.fromkeys((*text_attentions(decoder), *shared)) if module not in others]
 
 
 def keeps_state(text_config: Any) -> bool:

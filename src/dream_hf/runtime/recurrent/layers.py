@@ -108,7 +108,7 @@ class StateLayer(LinearAttentionLayer):
         self.forget()
 
 
-class StateAndSlotLayer(StateLayer, CacheLayerMixin):
+class StateAndSlotLayer(StateLayer, CacheLayerMixin):  # type: ignore[misc, override]
     """Stands in for a layer with state that attends as well; what is attended to is in another stand-in.
 
     Args:

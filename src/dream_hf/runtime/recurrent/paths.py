@@ -42,6 +42,6 @@ class NodePaths:
         if device == self.parents.device:
             return self
         if device not in self._elsewhere:
-            parts = (self.parents, self.depths, self.ancestors)
-            self._elsewhere[device] = NodePaths(*(part.to(device) for part in parts))
+            there = NodePaths(self.parents.to(device), self.depths.to(device), self.ancestors.to(device))
+            self._elsewhere[device] = there
         return self._elsewhere[device]

@@ -43,9 +43,7 @@ class SelectiveSteps:
         return states * (steps * self.rates).exp() + inputs * writes.mT
 
 
-def over_tree(
-    steps: SelectiveSteps, reads: torch.Tensor, state: torch.Tensor, parents: torch.Tensor
-) -> torch.Tensor:
+def over_tree(steps: SelectiveSteps, reads: torch.Tensor, state: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
     """What every node reads, (B, N, d), with `reads` (B, N, S), below `state` (B, d, S); `parents` (B, N) come first."""
     rows = torch.arange(len(parents), device=parents.device)
     states = state.new_empty(*parents.shape, *state.shape[1:])
