@@ -263,7 +263,8 @@ def slot_layers(cache: Cache, slots: Slots, room: int = 0, is_kept: bool = True)
 def into_slots(cache: Cache, slots: Slots, room: int = 0) -> dict[int, SlotLayer]:
     """Let a prefilled cache keep its keys and values in [`SlotLayer`]s from here on; they are returned by their places."""
     adopted: dict[int, SlotLayer] = {}
-    for index, layer in enumerate(list(cache.layers)):
+    originals: list[Any] = list(cache.layers)
+    for index, layer in enumerate(originals):
         if layer.keys is not None:
             window = getattr(layer, "sliding_window", None)
             adopted[index] = cache.layers[index] = SlotLayer(slots, window, str(index))
