@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 NUM_OPENINGS = 256  # first tokens that a prompt may begin with
 MAX_PROMPT_TOKENS = 128
+TOP_K = 100  # of the tokens behind the first; nuclei (top_p) would sort the vocabulary for each
 LEAST_WORDS, LEAST_CHARACTERS = 3, 12
 PATIENCE = 8  # batches in a row without a new prompt, after which there are none
 MARK = "\N{SNOWMAN}"  # stands where the user's words go
@@ -169,8 +170,7 @@ class _Writer:
             attention_mask=torch.ones_like(ids),
             do_sample=True,
             temperature=1.0,
-            top_k=0,
-            top_p=0.95,
+            top_k=TOP_K,
             eos_token_id=self.ends,
             pad_token_id=self.tokenizer.pad_token_id,
             max_new_tokens=MAX_PROMPT_TOKENS,
