@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .drafters.combined import CombinedDrafter as CombinedDrafter
     from .drafters.dream.configuration import DreamConfig as DreamConfig
     from .drafters.dream.drafter import DreamDrafter as DreamDrafter
+    from .drafters.dream.shape import suggested_shape as suggested_shape
+    from .drafters.dream.shape import weight_ratio as weight_ratio
     from .drafters.eagle.configuration import EagleConfig as EagleConfig
     from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
     from .drafters.inspection import draft_log_probs as draft_log_probs
@@ -59,6 +61,8 @@ _MODULES = {
     "dream_generate": "decoding.loop",
     "draft_log_probs": "drafters.inspection",
     "load_drafter": "load_models",
+    "suggested_shape": "drafters.dream.shape",
+    "weight_ratio": "drafters.dream.shape",
 }
 
 __all__ = [*_MODULES, "__version__", "register", "unregister"]  # noqa: PLE0604

@@ -268,7 +268,20 @@ def test_launches_of_a_step_are_few(tmp_path, capsys):
 
 
 def test_both_ways_of_attending_are_timed(capsys):
-    run = ["--slots", "40", "--dtypes", "float64", "--layers", "2", "--width", "64", "--repeats", "2", "--device", "cpu"]
+    run = [
+        "--slots",
+        "40",
+        "--dtypes",
+        "float64",
+        "--layers",
+        "2",
+        "--width",
+        "64",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+    ]
     rows = tree_attention.main(run)
     assert [row["attention"] for row in rows] == ["sdpa", "eager"] and "times as fast" in capsys.readouterr().out
     for row in rows:

@@ -15,8 +15,8 @@ from test_sampling import LIMIT, p_values
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 from transformers.generation import NoRepeatNGramLogitsProcessor
 
-import dream_hf
 from dream_hf import ModelDrafter
+from dream_hf.compat import CACHE, cache_of
 from dream_hf.decoding.drafter import DrafterAround
 from dream_hf.decoding.settings import DraftSettings
 
@@ -99,16 +99,43 @@ def test_samples_have_the_target_s_distribution():
     assert min(p_values(target, drafter, temperature=1.0)) > LIMIT
 
 
-@pytest.mark.parametrize("name", ["llama", "llava_clip_llama"])
+@pytest.mark.parametrize("name", ["llama", "llava_clip_llama", "gemma3", "qwen2_vl"])
 def test_chats_go_on(name):
+    """In and out of inference mode; the picture of the first turn is remembered, so that all drafts are right."""
     target = family(name).make_target()
-    first = {key: value.repeat_interleave(2, 0) for key, value in family(name).make_inputs(target, 1).items()}
+    first = {key: torch.cat([value] * 2) for key, value in family(name).make_inputs(target, 1).items()}
+    drafter = ModelDrafter(target, settings=CHAIN)
+    with torch.inference_mode():
+        ours = generate(target, first, max_new_tokens=NUM_NEW, assistant_model=drafter)
+    ids, cache = torch.cat([ours.sequences, first["input_ids"][:, -5:]], dim=1), cache_of(ours)
+    for mode in (False, True, False):
+        longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        whole = {**first, **longer}
+        for key in ("token_type_ids", "mm_token_type_ids"):
+            if key in whole:
+                whole[key] = torch.nn.functional.pad(whole[key], (0, ids.shape[1] - whole[key].shape[1]))
+        expected = generate(target, whole, max_new_tokens=NUM_NEW)
+        types = {key: whole[key] for key in ("token_type_ids", "mm_token_type_ids") if key in whole}
+        with torch.inference_mode(mode):
+            out = generate(
+                target, {**longer, **types}, max_new_tokens=NUM_NEW, assistant_model=drafter, **{CACHE: cache}
+            )
+        assert_same_tokens(expected, out)
+        assert gains(out) == [[5, 5, 5, 4]] * 2
+        ids, cache = torch.cat([out.sequences, first["input_ids"][:, -4:]], dim=1), cache_of(out)
+
+
+def test_a_turn_with_a_picture_of_its_own_is_read_anew():
+    each = family("llava_clip_llama")
+    target = each.make_target()
+    first, second = each.make_inputs(target, 1), each.make_inputs(target, 1, seed=5)
     drafter = ModelDrafter(target, settings=TREE)
     ours = generate(target, first, max_new_tokens=NUM_NEW, assistant_model=drafter)
-    ids = torch.cat([ours.sequences, first["input_ids"][:, -5:]], dim=1)
-    expected = generate(target, {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    cache = {dream_hf.compat.CACHE: dream_hf.compat.cache_of(ours)}
-    assert_same_tokens(expected, generate(target, {"input_ids": ids}, assistant_model=drafter, **cache))
+    ids = torch.cat([ours.sequences, second["input_ids"]], dim=1)
+    pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
+    expected = generate(target, {"input_ids": ids, "pixel_values": pixels})
+    turn = {"input_ids": ids, "pixel_values": second["pixel_values"]}
+    assert_same_tokens(expected, generate(target, turn, assistant_model=drafter, **{CACHE: cache_of(ours)}))
 
 
 @pytest.mark.parametrize("batch", [1, 2])

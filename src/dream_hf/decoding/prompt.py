@@ -73,6 +73,7 @@ class PromptWatch:
         meter (`AttentionMeter`): What the prompt's tokens received.
         embeds, features (`torch.Tensor` of shape `(B, T, ...)`, *optional*): What was recorded, as the drafter needs it.
         positions (`torch.Tensor` of shape `(..., B, T)`, *optional*): The same of the tokens' positions.
+        past_length (`int`): Slots that were filled before.
     """
 
     target: Target
@@ -81,6 +82,7 @@ class PromptWatch:
     embeds: torch.Tensor | None = None
     features: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    past_length: int = 0
 
     def prefill(
         self,
@@ -95,14 +97,16 @@ class PromptWatch:
         """Lay it out, with the prompt's keys the last ones in `cache`."""
         num_slots = int(cache.get_seq_length())
         seen = self.embeds if self.features is None else self.features
-        num_tokens = prompt_ids.shape[1] if seen is None else seen.shape[1]
+        num_new = num_slots - self.past_length if seen is None else seen.shape[1]
+        earlier = None
+        if attention_mask is None and prompt_ids.shape[1] >= num_new:
+            earlier = recall(cache, self.drafter, num_slots - num_new, prompt_ids[:, -num_new:][:, :1])
+        # Who needs nothing of the target, and has no earlier session, may read what the target has read in other turns.
+        num_tokens = prompt_ids.shape[1] if seen is None and earlier is None else num_new
         token_ids = prompt_ids[:, -num_tokens:]
         real = torch.ones(first_tokens.shape[0], num_slots, dtype=torch.bool, device=prompt_ids.device)
-        earlier = None
         if attention_mask is not None:
             real = attention_mask[:, :num_slots].bool()
-        elif token_ids.shape[1] == num_tokens:
-            earlier = recall(cache, self.drafter, num_slots - num_tokens, token_ids[:, :1])
         received = self.meter.received(num_slots)
         return Prefill(
             target=self.target,
@@ -126,7 +130,7 @@ def watching_prompt(
     target: Target, drafter: Drafter, record: DecoderRecord, prompt_ids: torch.Tensor, past_length: int
 ) -> Iterator[PromptWatch]:
     """Watch the target read a prompt while in the block, for what the drafter needs and no more."""
-    watch = PromptWatch(target, drafter, AttentionMeter(past_length))
+    watch = PromptWatch(target, drafter, AttentionMeter(past_length), past_length=past_length)
     with ExitStack() as stack:
         if drafter.needs.attention and bool(target.is_visual(prompt_ids).any()):
             stack.enter_context(observe_attention([target.last_attention], watch.meter.observe))

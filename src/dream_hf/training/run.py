@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..drafters.dream.configuration import check_config_names
 from ..drafters.dream.drafter import DreamDrafter
+from ..drafters.dream.shape import MOST, suggested_shape, weight_ratio
 from ..load_models import load_models
 from .arguments import DreamTrainingArguments
 from .trainer import DreamTrainer
@@ -109,6 +110,8 @@ def run_training(given: ModelDataArguments, args: DreamTrainingArguments) -> dic
         processing_class=models.processor,
         peft_config=_lora(given) if given.use_lora else None,
     )
+    if given.drafter is None and trainer.is_world_process_zero():
+        print(shape_advice(models.target.config, drafter.config))
     trainer.train(resume_from_checkpoint=_resume(args))
     if trainer.is_world_process_zero():
         write_recipe(given, args)
@@ -119,6 +122,21 @@ def run_training(given: ModelDataArguments, args: DreamTrainingArguments) -> dic
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     return metrics
+
+
+def shape_advice(target_config: Any, config: Any) -> str:
+    """What a step with a new drafter reads, and the options that make it read less where that is much."""
+    try:
+        ratio = weight_ratio(target_config, config)
+        shape = suggested_shape(target_config)
+    except ValueError as error:
+        return f"What a step reads is not known: {error}"
+    reads = f"A step with this drafter reads {ratio:.2f} times the weights of a plain one."
+    if ratio <= MOST:
+        return reads
+    size = shape.pop("draft_vocab_size", None)
+    options = f"--drafter_config '{json.dumps(shape)}'" + (f" --draft_vocab_size {size}" if size else "")
+    return f"{reads} On an accelerator that is what it costs; {options} makes it cheaper (docs/speed.md)."
 
 
 def write_recipe(given: ModelDataArguments, args: DreamTrainingArguments) -> Path:

@@ -211,7 +211,8 @@ class DreamConfig(PreTrainedConfig):
             **overrides: Any argument of [`DreamConfig`], replacing the derived value.
 
         Returns:
-            `DreamConfig`: Same width, heads and vocabulary as the target's text decoder, one MLP width.
+            `DreamConfig`: Same width, heads and vocabulary as the target's text decoder, one MLP width. For a drafter that is
+                cheaper on an accelerator see [`suggested_shape`].
 
         Raises:
             ValueError: An override that is no argument.

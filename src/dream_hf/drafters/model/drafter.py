@@ -24,8 +24,8 @@ class ModelDrafter(Drafter):
     """Drafts trees with another model on its own cache: a smaller vision-language model of the target's family, or a
     text-only model, which drafts from the text alone.
 
-    Its forwards are not compiled, whatever `compile` says; the target's are. A turn of a chat that goes on from the target's
-    cache is read anew, without the pictures of earlier turns.
+    Its forwards are not compiled, whatever `compile` says; the target's are. Where a later turn of a chat has pictures of its
+    own, the text is read anew without any.
 
     Args:
         model (`PreTrainedModel`): The model that drafts.

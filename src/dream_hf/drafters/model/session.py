@@ -36,19 +36,37 @@ class ModelSession(DraftSession):
         self, model: Target, prefill: Prefill, settings: DraftSettings, draftable: Draftable, use_pictures: bool
     ):
         self.model, self.settings, self.draftable, self.end_ids = model, settings, draftable, prefill.end_ids
+        self.is_suspended = False
+        if not self._goes_on_from(prefill):
+            self._begin(prefill, use_pictures)
+
+    def _begin(self, prefill: Prefill, use_pictures: bool) -> None:
+        """Read a prompt from its start; the pictures of earlier turns are not at hand."""
         self.pending = PendingTokens()
-        has_pictures = bool(prefill.is_visual.any())
-        # The pictures of an earlier turn are not at hand.
-        sees_all = use_pictures and prefill.token_ids.shape[1] and bool(prefill.inputs)
+        sees_pictures = use_pictures and bool(prefill.inputs) and bool(prefill.is_visual.any())
         with phase(DRAFTER):
-            prompt = read_pictures(model, prefill) if sees_all and has_pictures else read_text(model, prefill)
-        if sees_all and has_pictures:
+            prompt = read_pictures(self.model, prefill) if sees_pictures else read_text(self.model, prefill)
+        if sees_pictures:
             self._note(prefill.first_tokens, [1] * len(prefill.first_tokens))
         self.root_logits = prompt.logits
-        self.forward = TargetForward(model, len(prefill.first_tokens), DecoderRecord(), settings.tree_size)
+        self.forward = TargetForward(self.model, len(prefill.first_tokens), DecoderRecord(), self.settings.tree_size)
         self.forward.begin(prompt.cache, prompt.model_kwargs, None)
         self.open = ExitStack()
         self.open.enter_context(self.forward.using(prompt.cache, False))
+
+    def _goes_on_from(self, prefill: Prefill) -> bool:
+        """Take over what an earlier turn has left, unless this one has pictures of its own."""
+        earlier = prefill.earlier
+        if not isinstance(earlier, ModelSession) or earlier.model is not self.model or prefill.is_visual.any():
+            return False
+        self.pending, self.root_logits = earlier.pending, earlier.root_logits
+        self.forward, self.open = earlier.forward, earlier.open
+        if not torch.is_inference_mode_enabled():
+            for layer in self.forward.layers:
+                layer.leave_inference_mode()
+        new = torch.cat([prefill.token_ids[:, 1:], prefill.first_tokens.to(prefill.token_ids)], dim=1)
+        self._note(new, [new.shape[1]] * len(new))
+        return True
 
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         roots = root_tokens.to(self.model.model.device)
@@ -63,8 +81,13 @@ class ModelSession(DraftSession):
     def read(self, verified: Verified) -> None:
         self._note(verified.tokens, verified.counts)
 
+    def suspend(self) -> ModelSession:
+        self.is_suspended = True
+        return self
+
     def close(self) -> None:
-        self.open.close()
+        if not self.is_suspended:
+            self.open.close()
 
     def _note(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
         """Take note of the first `counts[b]` tokens of each row; a model needs no features."""
