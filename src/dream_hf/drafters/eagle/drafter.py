@@ -25,10 +25,14 @@ class EagleDrafter(EagleModel, Drafter):
 
     @property
     def needs(self) -> Needs:
-        """The features of its layers; positions where it stands where the target does."""
+        """The features of its layers; positions where it stands where the target does; pictures where it reads them."""
         num_layers = (self.config.target or {}).get("num_hidden_layers", 0)
         layers = self.config.layers_of(num_layers)
-        return Needs(layers=layers, positions=self.config.mrope_section is not None)
+        return Needs(
+            layers=layers,
+            embeds=self.config.image_rows != "token",
+            positions=self.config.mrope_section is not None,
+        )
 
     def check(self, target: PreTrainedModel, settings: DraftSettings) -> None:
         """Refuse a target that this drafter was not made for, settings beyond its vocabulary, and damaged weights."""
