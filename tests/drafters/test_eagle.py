@@ -26,7 +26,7 @@ from dream_hf.drafters.retrieval.lookup import PromptLookupDrafter
 from dream_hf.targets.target import Target
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-SOME = [each for each in LAYOUTS if each.name in ("eagle1", "eagle3", "speculators-3.1")]
+SOME = [each for each in LAYOUTS if each.name in ("eagle1", "vispec", "msd", "eagle3", "speculators-3.1")]
 NAMED = {layout.name: layout for layout in LAYOUTS}
 PATH = [7, 50, 33, 12]
 
@@ -56,7 +56,10 @@ def expected_log_probs(layout: Layout, target, inputs, first_token: int) -> torc
     positions = torch.arange(length).expand(3, -1) if layout.planes is None else record.positions[0][:, 0]
     tokens = torch.cat([inputs["input_ids"][0, 1:], torch.tensor([first_token])])
     features = torch.cat([states[index][0] for index in layout.layers], dim=-1)
-    rows = {"tokens": tokens, "features": features, "positions": positions}
+    text = torch.zeros(1, dtype=torch.bool)
+    is_image = torch.cat([view.is_visual(inputs["input_ids"])[0, 1:], text])
+    merged = torch.cat([states[0][0, 1:], states[0][0, :1]])
+    rows = {"tokens": tokens, "features": features, "positions": positions, "merged": merged, "is_image": is_image}
     return log_probs(layout, view.embedding.weight, view.lm_head.weight, rows, PATH)
 
 
@@ -70,6 +73,43 @@ def test_every_layout_says_what_the_reference_says(layout, publish):
     expected = expected_log_probs(layout, target, inputs, 5)
     assert torch.equal(said.isfinite(), expected.isfinite())
     torch.testing.assert_close(said[said.isfinite()].double(), expected[expected.isfinite()], rtol=1e-5, atol=1e-4)
+
+
+READING_PICTURES = [each for each in LAYOUTS if each.image_rows != "token"]
+
+
+@pytest.mark.parametrize("num_pictures", [0, 2])
+@pytest.mark.parametrize("layout", READING_PICTURES, ids=repr)
+def test_any_number_of_pictures(layout, num_pictures, publish):
+    """None, or two with text between them."""
+    target, folder = publish(layout)
+    drafter = dream_hf.load_drafter(folder, target)
+    inputs = with_pictures(family(layout.family), target, num_pictures)
+    said = dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH)
+    expected = expected_log_probs(layout, target, inputs, 5)
+    torch.testing.assert_close(said.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def joined(first, second):
+    """Inputs of one row each behind one another."""
+    tokens = {name: first[name].new_zeros(1, second["input_ids"].shape[1]) for name in TEXT if name in first}
+    own = second["input_ids"].shape[1]
+    for name, values in tokens.items():
+        given = second[name]
+        values[:, own - given.shape[1] :] = given
+    tokens["attention_mask"] = torch.ones_like(second["input_ids"])
+    both = {name: torch.cat([first[name], tokens[name]], dim=1) for name in tokens}
+    return both | {name: torch.cat([first[name], second[name]]) for name in first if name not in TEXT}
+
+
+def with_pictures(kind, target, num_pictures):
+    """Inputs of one row in which text stands between two pictures."""
+    if num_pictures < 2:
+        return kind.make_inputs(target, images=num_pictures)
+    return joined(kind.make_inputs(target), kind.make_inputs(target, seed=1))
 
 
 # --- generate ---
@@ -167,6 +207,26 @@ def test_a_chat_goes_on(layout, batch, publish):
     assert torch.equal(watch.trees[0][1].tokens, anew.trees[0][1].tokens)  # it has read the whole text
 
 
+@pytest.mark.parametrize("layout", [NAMED["vispec"], NAMED["msd"]], ids=repr)
+def test_a_second_picture_in_a_later_turn(layout, publish):
+    """What was read of the first picture holds until the second comes (a LLaVA: Qwen's positions want all pictures anew)."""
+    kind, target = family(layout.family), target_of(layout.family)
+    watch = Watch(drafter_for(layout, layout.family, publish))
+    first, more = kind.make_inputs(target), kind.make_inputs(target, seed=1)
+    answer = generate(target, first, max_new_tokens=20, assistant_model=watch)
+    num_new = answer.sequences.shape[1] - first["input_ids"].shape[1]
+    more = {**more, "input_ids": torch.cat([answer.sequences[:, -num_new:], more["input_ids"]], dim=1)}
+    whole = joined(first, more)
+    expected = generate(target, whole, max_new_tokens=20)
+    watch.trees.clear()
+    later = {"input_ids": whole["input_ids"], "pixel_values": more["pixel_values"]}
+    out = generate(target, later, max_new_tokens=20, assistant_model=watch, **{CACHE: cache_of(answer)})
+    anew = Watch(drafter_for(layout, layout.family, publish))
+    assert_same_tokens(expected, generate(target, whole, max_new_tokens=20, assistant_model=anew))
+    assert_same_tokens(expected, out)
+    assert torch.equal(watch.trees[0][1].tokens, anew.trees[0][1].tokens)  # it has read the whole text
+
+
 def test_chains_in_transformers_own_loop(publish):
     for name, layout in (("llama", "eagle3"), ("qwen3_vl", "angelslim-interleaved")):
         target, drafter = target_of(name), drafter_for(NAMED[layout], name, publish)
@@ -232,7 +292,8 @@ BROKEN = {
     "a list for an object": (lambda t, c: c.update(eagle_config=[1, 2]) or t, "no EAGLE drafter"),
     "words for layers": (lambda t, c: c.update(aux_hidden_states_layer_ids="abc") or t, "no EAGLE drafter"),
     "no drafter": (lambda t, c: {"weight": t["fc.weight"]}, "no drafter that can be told"),
-    "ViSpec": (lambda t, c: t | {"imadpt.q": t["norm.weight"] + 0}, "a ViSpec drafter"),
+    "an adaptor too many": (lambda t, c: t | {"imadpt.q": t["norm.weight"][:32].view(2, 4, 4) + 0}, "has no rows past"),
+    "ViSpec of NeMo's": (lambda t, c: t | {"img_adaptor.query": t["norm.weight"] + 0}, "a ViSpec drafter of NeMo's"),
     "DFlash": (lambda t, c: t | {"hidden_norm.weight": t["norm.weight"] + 0}, "a DFlash drafter"),
     "another algorithm": (lambda t, c: c.update(speculators_model_type="peagle") or t, "'peagle' drafter"),
 }  # fmt: skip
@@ -280,8 +341,9 @@ def test_another_target_is_refused_in_generate(publish):
         generate(target_of("llama"), family("llama").make_inputs(target_of("llama")), assistant_model=wide)
 
 
-def test_saved_and_loaded_it_says_the_same(publish, tmp_path):
-    target, folder = publish(NAMED["speculators-3.1"])
+@pytest.mark.parametrize("name", ["speculators-3.1", "vispec", "msd-qwen"])
+def test_saved_and_loaded_it_says_the_same(name, publish, tmp_path):
+    target, folder = publish(NAMED[name])
     drafter = dream_hf.load_drafter(folder, target)
     drafter.save_pretrained(tmp_path)
     again = dream_hf.load_drafter(tmp_path, target)

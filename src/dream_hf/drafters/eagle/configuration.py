@@ -201,8 +201,8 @@ class EagleConfig(PreTrainedConfig):
             raise ValueError("`image_rows` 'compressed' needs an adaptor; `num_image_queries` (0) must be at least 1.")
         if self.generation == 3 and (self.image_rows in ("direct", "compressed") or self.num_image_queries):
             raise ValueError(
-                f"A drafter of `generation` 3 has no rows past its `fc` and no adaptor; `image_rows` is {self.image_rows!r} and "
-                f"`num_image_queries` {self.num_image_queries}."
+                f"A drafter of `generation` 3 has no rows past its `fc` and no adaptor; `image_rows` is "
+                f"{self.image_rows!r} and `num_image_queries` {self.num_image_queries}."
             )
         if self.image_rows != "token" and self.target_hidden_size != self.hidden_size:
             raise ValueError(

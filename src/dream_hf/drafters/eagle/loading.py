@@ -68,10 +68,11 @@ def load_eagle(
 def _with_padding(
     fields: dict[str, Any], tensors: dict[str, torch.Tensor], vocab_size: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """MSD's own embedding with rows for the tokens that Hugging Face's LLaVA has beyond the original one: nobody writes them."""
+    """MSD's own embedding with rows for the tokens that Hugging Face's LLaVA has beyond the original one's, never written."""
     table = tensors["embed_tokens.weight"]
     num_missing = vocab_size - table.shape[0]
-    if "mm_projector_type" not in fields or fields.get("vocab_size") != table.shape[0] or not 0 < num_missing <= PADDING:
+    is_original = "mm_projector_type" in fields and fields.get("vocab_size") == table.shape[0]
+    if not (is_original and 0 < num_missing <= PADDING):
         return fields, tensors
     padded = torch.nn.functional.pad(table, (0, 0, 0, num_missing))
     return {**fields, "vocab_size": vocab_size}, {**tensors, "embed_tokens.weight": padded}

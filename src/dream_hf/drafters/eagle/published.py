@@ -140,7 +140,8 @@ def is_first_generation(names: set[str]) -> bool:
 
 def is_msd(config: Fields, names: set[str]) -> bool:
     """MSD: EAGLE-2's weights with a trained embedding. Its layer has an input norm, or its config is that of a LLaVA."""
-    if "embed_tokens.weight" not in names or "imadpt.q" in names or names & {"norm.weight", "layers.0.hidden_norm.weight"}:
+    others = {"norm.weight", "layers.0.hidden_norm.weight", "imadpt.q"}
+    if "embed_tokens.weight" not in names or names & others:
         return False
     return "layers.0.input_layernorm.weight" in names or "mm_projector_type" in config
 

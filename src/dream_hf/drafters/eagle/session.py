@@ -104,7 +104,7 @@ class EagleSession(LazySession):
         wide = order[..., None].expand(-1, -1, embeds.shape[-1])
         pictures = Pictures(is_image.gather(1, order), rows.context.gather(1, wide))
         state.context = rows.context[:, -1:]  # of text to come
-        features, positions = features.gather(1, wide.to(features.device)), positions.gather(-1, order.to(positions.device))
+        features, positions = features.gather(1, wide.to(features.device)), positions.to(order.device).gather(1, order)
         state.read(rows.embeds.gather(1, wide), features, positions, num_kept.tolist(), pictures)
 
 
