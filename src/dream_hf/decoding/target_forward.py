@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from ..compat import CACHE
 from ..runtime.compilation import Settings as CompileSettings
 from ..runtime.compilation import compiled_function, run_model
-from ..runtime.kv_cache import SlotLayer, capacity_for, slot_layers
+from ..runtime.kv_cache import SlotLayer, capacity_for, into_slots, slot_layers
 from ..runtime.leases import give_back, take_lease
 from ..runtime.phases import CACHE_WORK, TARGET, phase
 from ..runtime.slots import Slots
@@ -86,6 +86,10 @@ class TargetForward:
         """
         with slot_layers(cache, self.slots) as self.layers:
             yield
+
+    def take_over(self, cache: Cache) -> None:
+        """Let a prefilled cache that nobody else looks at take trees from here on."""
+        self.layers = list(into_slots(cache, self.slots).values())
 
     def positions_left(self) -> int | None:
         """How deep a tree may grow below the longest row while the target knows the positions; past them it is its affair."""
