@@ -157,9 +157,17 @@ def test_the_output_is_the_target_s(layout, name, batch, publish):
     assert_same_tokens(generate(target, inputs, **stops), generate(target, inputs, assistant_model=drafter, **stops))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_vl"])
-def test_rows_of_a_batch_are_drafted_as_if_alone(name, publish):
-    target, layout = target_of(name), NAMED["angelslim-interleaved" if name == "qwen3_vl" else "eagle3"]
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama", "eagle3"),
+        ("qwen3_vl", "angelslim-interleaved"),
+        ("llava_clip_llama", "vispec"),
+        ("qwen2_vl", "msd-qwen"),
+    ],
+)
+def test_rows_of_a_batch_are_drafted_as_if_alone(name, layout, publish):
+    target, layout = target_of(name), NAMED[layout]
     rows = family(name).make_rows(target, 3, text_len=20)
     together = Watch(drafter_for(layout, name, publish))
     out = generate(target, family(name).collate(rows), max_new_tokens=40, assistant_model=together)
@@ -268,6 +276,64 @@ def test_wiring_overrides_what_a_config_says(publish):
         dream_hf.load_drafter(folder, target, wiring="probe")
     with pytest.raises(ValueError, match="names layers; what can be said is feature_layers"):
         dream_hf.load_drafter(folder, target, wiring={"layers": (1, 2, 3)})
+
+
+@pytest.mark.parametrize("rows", ["token", "merged", "direct"])
+@pytest.mark.parametrize("name", ["vispec", "msd", "eagle3"])
+def test_wiring_says_what_is_read_of_pictures(name, rows, publish):
+    target, folder = target_of("llava_clip_llama"), publish(NAMED[name])[1]
+    wiring = {"image_rows": rows}
+    if (name, rows) == ("eagle3", "direct"):
+        with pytest.raises(ValueError, match="`generation` 3 has no rows past its `fc`"):
+            dream_hf.load_drafter(folder, target, wiring=wiring)
+        return
+    drafter = dream_hf.load_drafter(folder, target, wiring=wiring)
+    inputs = family("llava_clip_llama").make_inputs(target)
+    said = dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH)
+    expected = expected_log_probs(replace(NAMED[name], image_rows=rows), target, inputs, 5)
+    torch.testing.assert_close(said[said.isfinite()].double(), expected[expected.isfinite()], rtol=1e-5, atol=1e-4)
+
+
+def test_an_embedding_for_the_tokens_of_the_original_llava(publish, tmp_path):
+    """Hugging Face's has 64 more, or here 4; what was trained stays as it was."""
+    target, folder = publish(NAMED["msd"])
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][: VOCAB - 4].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB - 4}))
+    drafter = dream_hf.load_drafter(tmp_path, target)
+    inputs = family("llava_clip_llama").make_inputs(target)
+    expected = dream_hf.draft_log_probs(target, dream_hf.load_drafter(folder, target), inputs, 5, PATH)
+    assert torch.equal(dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH), expected)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB - 70}))
+    with pytest.raises(ValueError, match="its vocabulary has 34 tokens and the target's 104"):
+        dream_hf.load_drafter(tmp_path, target)
+
+
+BROKEN_VISPEC = {
+    "no queries": (lambda t: t.pop("imadpt.q"), r"unexpected: image_"),
+    "queries of another form": (lambda t: t.update({"imadpt.q": t["imadpt.q"].flatten(1)}), r"imadpt\.q is of shape \(2, 32\)"),
+    "queries of other heads": (lambda t: t.update({"imadpt.q": t["imadpt.q"][:, :2].clone()}), "image_adaptor.queries"),
+    "no img_fc": (lambda t: t.pop("img_fc.weight"), "missing: image_fc.weight"),
+    "a narrow img_fc": (lambda t: t.update({"img_fc.weight": t["img_fc.weight"][:, :32].clone()}), "image_fc.weight"),
+    "no bias": (lambda t: t.pop("img_fc.bias"), "missing: image_fc.bias"),
+    "no values": (lambda t: t.pop("imadpt.v_proj.weight"), "missing: image_adaptor.v_proj.weight"),
+    "a key that is not known": (lambda t: t.update({"imadpt.gate": t["fc.bias"] + 0}), "unexpected: image_adaptor.gate"),
+    "a narrow fc": (lambda t: t.update({"fc.weight": t["fc.weight"][:, :32].clone()}), "fc reads 32 numbers, and 64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN_VISPEC)
+def test_what_is_refused_of_vispec(what, publish, tmp_path):
+    target, folder = publish(NAMED["vispec"])
+    change, message = BROKEN_VISPEC[what]
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=message) as error:
+        dream_hf.load_drafter(tmp_path, target)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 BROKEN = {
