@@ -14,8 +14,8 @@ from .session import EagleSession
 class EagleDrafter(EagleModel, Drafter):
     """A drafter of the EAGLE family (EAGLE-1, arXiv 2401.15077; EAGLE-2, arXiv 2406.16858; EAGLE-3, arXiv 2503.01840).
 
-    So are MSD (arXiv 2505.14260) and ViSpec (arXiv 2509.15235): EAGLE-2 that reads pictures in ways of their own (`image_rows`).
-    It reads the target's features of some layers and drafts on its own; embedding and head are its own or the target's. Its
+    So are MSD (arXiv 2505.14260) and ViSpec (arXiv 2509.15235): EAGLE-2 that reads pictures in its own way (`image_rows`). It
+    reads the target's features of some layers and drafts on its own; embedding and head are its own or the target's. Its
     forwards are not compiled, whatever `compile` says; the target's are.
     """
 
