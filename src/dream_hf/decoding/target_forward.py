@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..compat import CACHE
+from ..runtime import crossings
 from ..runtime.compilation import Settings as CompileSettings
 from ..runtime.compilation import compiled_function, run_model
 from ..runtime.kv_cache import SlotLayer, capacity_for, into_slots, slot_layers
@@ -134,8 +135,9 @@ class TargetForward:
 
     def keep(self, path: torch.Tensor) -> None:
         """Keep the nodes `path` (B, P) in the cache, and take the others back."""
-        is_in_place = path.device.type == "cpu" and bool((path[:, -1] == path.shape[1] - 1).all())  # elsewhere a sync
-        if is_in_place:
+        if not crossings.reads_wait(path.device) and bool(
+            (path[:, -1] == path.shape[1] - 1).all()
+        ):  # they are in place
             return
         with phase(CACHE_WORK):
             for layer in self.layers:
