@@ -96,7 +96,7 @@ def load_drafter(
 
     It is told from config.json and the names of the weights what a checkpoint holds: a drafter that was saved here, DREAM's as
     its authors publish them, EAGLE-1, EAGLE-2 and EAGLE-3 as SafeAILab, SpecForge, AngelSlim, speculators, ModelOpt and NeMo
-    write them. Pickles are read as plain tensors only.
+    write them, MSD and ViSpec. Pickles are read as plain tensors only.
 
     Args:
         source (`str` or `os.PathLike`): A folder or a Hub id; `"demo"` for the bundled drafter.
