@@ -73,10 +73,10 @@ def load_models(
         ImportError: The target's processor needs a package that is not installed.
     """
     device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
-    target_source = _source(target, "target")
+    target_source = source_of(target, "target")
     names = _drafter_names(drafter)
     for name in names:
-        _source(name, "drafter")  # before the target is loaded for nothing
+        source_of(name, "drafter")  # before the target is loaded for nothing
     model, processor = _load_target(target_source, pick_dtype(dtype), revision, attn_implementation, device_map)
     models = Models(model.eval(), processor, None)
     drafters = [_make_drafter(name, models, drafter_revision) for name in names]
@@ -96,7 +96,7 @@ def load_drafter(
 
     It is told from config.json and the names of the weights what a checkpoint holds: a drafter that was saved here, DREAM's as
     its authors publish them, EAGLE-1, EAGLE-2 and EAGLE-3 as SafeAILab, SpecForge, AngelSlim, speculators, ModelOpt and NeMo
-    write them. Pickles are read as plain tensors only.
+    write them, MSD and ViSpec. Pickles are read as plain tensors only.
 
     Args:
         source (`str` or `os.PathLike`): A folder or a Hub id; `"demo"` for the bundled drafter.
@@ -115,7 +115,7 @@ def load_drafter(
     """
     if wiring is not None and not isinstance(wiring, Mapping):
         raise ValueError(f"`wiring` ({wiring!r}) must be a mapping of names to values, or None to go by the config.")
-    name = fspath(_source(source, "drafter"))
+    name = fspath(source_of(source, "drafter"))
     config = read_published_config(name, revision=revision)
     if config.get("model_type") in OUR_MODEL_TYPES:
         _refuse_wiring(name, wiring)
@@ -253,7 +253,7 @@ def _load_processor(processor_class: Any, source: str | Path, revision: str | No
         ) from error
 
 
-def _source(name: Any, kind: str) -> Any:
+def source_of(name: Any, kind: str) -> Any:
     """What to load a target or a drafter from: `name`, and the bundled folder for `DEMO`."""
     if name != DEMO:
         return name

@@ -90,12 +90,17 @@ def make_options():
 def test_unknown_and_shortened_options_are_refused_in_one_line_with_the_commands_own_help(command, capsys):
     needed = {
         "generate": ["--target", "x", "--prompt", "x"], "bench": ["--target", "x"], "convert": ["a", "b"],
-        "push": ["a", "b"], "regenerate": ["--target", "x", "--rows", "x", "--output", "x"],
+        "push": ["a", "b"], "attach": ["a", "b", "c"], "serve": ["--target", "x", "--drafter", "x"],
+        "regenerate": ["--target", "x", "--rows", "x", "--output", "x"],
         "train": ["--target", "x", "--train_dataset", "x", "--output_dir", "x"],
     }.get(command, [])  # fmt: skip
-    shortened = {"train": "--train_data", "demo": "--max-new", "push": "--ye", "convert": "--targ"}.get(
-        command, "--devic"
-    )
+    shortened = {
+        "train": "--train_data",
+        "demo": "--max-new",
+        "push": "--ye",
+        "convert": "--targ",
+        "attach": "--cop",
+    }.get(command, "--devic")
     for unknown in (["--banana"], [shortened, "x"], ["--banana=3"]):
         message = refusal_in_one_line(capsys, command, *needed, *unknown)
         assert f"unrecognized arguments: {' '.join(unknown)}; `dream-hf {command} --help` shows" in message

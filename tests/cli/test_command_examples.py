@@ -162,7 +162,9 @@ LIMITS = {
 RUN = [line for line in WHOLE if line.startswith(tuple(f"dream-hf {start}" for start in QUICK))]
 
 
-@pytest.mark.parametrize("line", [line for line in RUN if not re.search("--yes|--help|runs/target", line)])
+@pytest.mark.parametrize(
+    "line", [line for line in RUN if not re.search("--yes|--help|runs/target|--self-prompts", line)]
+)
 def test_quick_examples_run(line, folder, monkeypatch, capsys):
     """With tiny models in place of those named."""
     monkeypatch.chdir(folder)

@@ -119,6 +119,31 @@ def chain(*tokens_and_shares):
     return root
 
 
+def test_who_gains_too_little_pauses_and_the_others_go_on(monkeypatch):
+    """Pauses are each drafter's own, by what its own drafts would have gained."""
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target)
+    known = generate(target, inputs).sequences
+    poor, drafts = untrained(target, pause_below=1.9, **TREE), []
+    start = type(poor).start
+
+    def counted(self, prefill, settings):
+        session = start(self, prefill, settings)
+        own = session.draft
+        session.draft = lambda *args: drafts.append(1) or own(*args)
+        return session
+
+    monkeypatch.setattr(type(poor), "start", counted)
+    retrieval = RetrievalDrafter(draft_text=known[:, -NUM_NEW:], settings=replace(SMALL, tree_depth=1))
+    alone = generate(target, inputs, assistant_model=retrieval)
+    combined = CombinedDrafter([retrieval, poor], SMALL)
+    together = generate(target, inputs, assistant_model=combined)
+    assert_same_tokens(alone, together)
+    num_steps = together.accepted_lengths.shape[1]
+    assert num_steps <= alone.accepted_lengths.shape[1] and 2 <= len(drafts) <= num_steps / 2
+    assert CombinedDrafter([retrieval, poor]).settings.pause_below == 0
+
+
 def test_the_trusted_count_and_others_share_the_rest():
     panel = Panel(2)
     first, second = chain((5, 0.5), (7, 0.9)), chain((5, 0.8), (6, 0.9))

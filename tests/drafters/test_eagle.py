@@ -26,7 +26,7 @@ from dream_hf.drafters.retrieval.lookup import PromptLookupDrafter
 from dream_hf.targets.target import Target
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-SOME = [each for each in LAYOUTS if each.name in ("eagle1", "eagle3", "speculators-3.1")]
+SOME = [each for each in LAYOUTS if each.name in ("eagle1", "vispec", "msd", "eagle3", "speculators-3.1")]
 NAMED = {layout.name: layout for layout in LAYOUTS}
 PATH = [7, 50, 33, 12]
 
@@ -56,7 +56,10 @@ def expected_log_probs(layout: Layout, target, inputs, first_token: int) -> torc
     positions = torch.arange(length).expand(3, -1) if layout.planes is None else record.positions[0][:, 0]
     tokens = torch.cat([inputs["input_ids"][0, 1:], torch.tensor([first_token])])
     features = torch.cat([states[index][0] for index in layout.layers], dim=-1)
-    rows = {"tokens": tokens, "features": features, "positions": positions}
+    text = torch.zeros(1, dtype=torch.bool)
+    is_image = torch.cat([view.is_visual(inputs["input_ids"])[0, 1:], text])
+    merged = torch.cat([states[0][0, 1:], states[0][0, :1]])
+    rows = {"tokens": tokens, "features": features, "positions": positions, "merged": merged, "is_image": is_image}
     return log_probs(layout, view.embedding.weight, view.lm_head.weight, rows, PATH)
 
 
@@ -70,6 +73,43 @@ def test_every_layout_says_what_the_reference_says(layout, publish):
     expected = expected_log_probs(layout, target, inputs, 5)
     assert torch.equal(said.isfinite(), expected.isfinite())
     torch.testing.assert_close(said[said.isfinite()].double(), expected[expected.isfinite()], rtol=1e-5, atol=1e-4)
+
+
+READING_PICTURES = [each for each in LAYOUTS if each.image_rows != "token"]
+
+
+@pytest.mark.parametrize("num_pictures", [0, 2])
+@pytest.mark.parametrize("layout", READING_PICTURES, ids=repr)
+def test_any_number_of_pictures(layout, num_pictures, publish):
+    """None, or two with text between them."""
+    target, folder = publish(layout)
+    drafter = dream_hf.load_drafter(folder, target)
+    inputs = with_pictures(family(layout.family), target, num_pictures)
+    said = dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH)
+    expected = expected_log_probs(layout, target, inputs, 5)
+    torch.testing.assert_close(said.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def joined(first, second):
+    """Inputs of one row each behind one another."""
+    tokens = {name: first[name].new_zeros(1, second["input_ids"].shape[1]) for name in TEXT if name in first}
+    own = second["input_ids"].shape[1]
+    for name, values in tokens.items():
+        given = second[name]
+        values[:, own - given.shape[1] :] = given
+    tokens["attention_mask"] = torch.ones_like(second["input_ids"])
+    both = {name: torch.cat([first[name], tokens[name]], dim=1) for name in tokens}
+    return both | {name: torch.cat([first[name], second[name]]) for name in first if name not in TEXT}
+
+
+def with_pictures(kind, target, num_pictures):
+    """Inputs of one row in which text stands between two pictures."""
+    if num_pictures < 2:
+        return kind.make_inputs(target, images=num_pictures)
+    return joined(kind.make_inputs(target), kind.make_inputs(target, seed=1))
 
 
 # --- generate ---
@@ -117,9 +157,17 @@ def test_the_output_is_the_target_s(layout, name, batch, publish):
     assert_same_tokens(generate(target, inputs, **stops), generate(target, inputs, assistant_model=drafter, **stops))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_vl"])
-def test_rows_of_a_batch_are_drafted_as_if_alone(name, publish):
-    target, layout = target_of(name), NAMED["angelslim-interleaved" if name == "qwen3_vl" else "eagle3"]
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama", "eagle3"),
+        ("qwen3_vl", "angelslim-interleaved"),
+        ("llava_clip_llama", "vispec"),
+        ("qwen2_vl", "msd-qwen"),
+    ],
+)
+def test_rows_of_a_batch_are_drafted_as_if_alone(name, layout, publish):
+    target, layout = target_of(name), NAMED[layout]
     rows = family(name).make_rows(target, 3, text_len=20)
     together = Watch(drafter_for(layout, name, publish))
     out = generate(target, family(name).collate(rows), max_new_tokens=40, assistant_model=together)
@@ -167,6 +215,26 @@ def test_a_chat_goes_on(layout, batch, publish):
     assert torch.equal(watch.trees[0][1].tokens, anew.trees[0][1].tokens)  # it has read the whole text
 
 
+@pytest.mark.parametrize("layout", [NAMED["vispec"], NAMED["msd"]], ids=repr)
+def test_a_second_picture_in_a_later_turn(layout, publish):
+    """What was read of the first picture holds until the second comes (a LLaVA: Qwen's positions want all pictures anew)."""
+    kind, target = family(layout.family), target_of(layout.family)
+    watch = Watch(drafter_for(layout, layout.family, publish))
+    first, more = kind.make_inputs(target), kind.make_inputs(target, seed=1)
+    answer = generate(target, first, max_new_tokens=20, assistant_model=watch)
+    num_new = answer.sequences.shape[1] - first["input_ids"].shape[1]
+    more = {**more, "input_ids": torch.cat([answer.sequences[:, -num_new:], more["input_ids"]], dim=1)}
+    whole = joined(first, more)
+    expected = generate(target, whole, max_new_tokens=20)
+    watch.trees.clear()
+    later = {"input_ids": whole["input_ids"], "pixel_values": more["pixel_values"]}
+    out = generate(target, later, max_new_tokens=20, assistant_model=watch, **{CACHE: cache_of(answer)})
+    anew = Watch(drafter_for(layout, layout.family, publish))
+    assert_same_tokens(expected, generate(target, whole, max_new_tokens=20, assistant_model=anew))
+    assert_same_tokens(expected, out)
+    assert torch.equal(watch.trees[0][1].tokens, anew.trees[0][1].tokens)  # it has read the whole text
+
+
 def test_chains_in_transformers_own_loop(publish):
     for name, layout in (("llama", "eagle3"), ("qwen3_vl", "angelslim-interleaved")):
         target, drafter = target_of(name), drafter_for(NAMED[layout], name, publish)
@@ -210,6 +278,64 @@ def test_wiring_overrides_what_a_config_says(publish):
         dream_hf.load_drafter(folder, target, wiring={"layers": (1, 2, 3)})
 
 
+@pytest.mark.parametrize("rows", ["token", "merged", "direct"])
+@pytest.mark.parametrize("name", ["vispec", "msd", "eagle3"])
+def test_wiring_says_what_is_read_of_pictures(name, rows, publish):
+    target, folder = target_of("llava_clip_llama"), publish(NAMED[name])[1]
+    wiring = {"image_rows": rows}
+    if (name, rows) == ("eagle3", "direct"):
+        with pytest.raises(ValueError, match="`generation` 3 has no rows past its `fc`"):
+            dream_hf.load_drafter(folder, target, wiring=wiring)
+        return
+    drafter = dream_hf.load_drafter(folder, target, wiring=wiring)
+    inputs = family("llava_clip_llama").make_inputs(target)
+    said = dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH)
+    expected = expected_log_probs(replace(NAMED[name], image_rows=rows), target, inputs, 5)
+    torch.testing.assert_close(said[said.isfinite()].double(), expected[expected.isfinite()], rtol=1e-5, atol=1e-4)
+
+
+def test_an_embedding_for_the_tokens_of_the_original_llava(publish, tmp_path):
+    """Hugging Face's has 64 more, or here 4; what was trained stays as it was."""
+    target, folder = publish(NAMED["msd"])
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][: VOCAB - 4].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB - 4}))
+    drafter = dream_hf.load_drafter(tmp_path, target)
+    inputs = family("llava_clip_llama").make_inputs(target)
+    expected = dream_hf.draft_log_probs(target, dream_hf.load_drafter(folder, target), inputs, 5, PATH)
+    assert torch.equal(dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH), expected)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB - 70}))
+    with pytest.raises(ValueError, match="its vocabulary has 34 tokens and the target's 104"):
+        dream_hf.load_drafter(tmp_path, target)
+
+
+BROKEN_VISPEC = {
+    "no queries": (lambda t: t.pop("imadpt.q"), r"unexpected: image_"),
+    "queries of another form": (lambda t: t.update({"imadpt.q": t["imadpt.q"].flatten(1)}), r"imadpt\.q is of shape \(2, 32\)"),
+    "queries of other heads": (lambda t: t.update({"imadpt.q": t["imadpt.q"][:, :2].clone()}), "image_adaptor.queries"),
+    "no img_fc": (lambda t: t.pop("img_fc.weight"), "missing: image_fc.weight"),
+    "a narrow img_fc": (lambda t: t.update({"img_fc.weight": t["img_fc.weight"][:, :32].clone()}), "image_fc.weight"),
+    "no bias": (lambda t: t.pop("img_fc.bias"), "missing: image_fc.bias"),
+    "no values": (lambda t: t.pop("imadpt.v_proj.weight"), "missing: image_adaptor.v_proj.weight"),
+    "a key that is not known": (lambda t: t.update({"imadpt.gate": t["fc.bias"] + 0}), "unexpected: image_adaptor.gate"),
+    "a narrow fc": (lambda t: t.update({"fc.weight": t["fc.weight"][:, :32].clone()}), "fc reads 32 numbers, and 64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN_VISPEC)
+def test_what_is_refused_of_vispec(what, publish, tmp_path):
+    target, folder = publish(NAMED["vispec"])
+    change, message = BROKEN_VISPEC[what]
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=message) as error:
+        dream_hf.load_drafter(tmp_path, target)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 BROKEN = {
     "a tensor too many": (lambda t, c: t | {"midlayer.bias": t["norm.weight"] + 0}, "unexpected: layers.0.bias"),
     "a tensor missing": (lambda t, c: {k: v for k, v in t.items() if "down_proj" not in k}, "missing: layers.0.mlp.down"),
@@ -232,7 +358,8 @@ BROKEN = {
     "a list for an object": (lambda t, c: c.update(eagle_config=[1, 2]) or t, "no EAGLE drafter"),
     "words for layers": (lambda t, c: c.update(aux_hidden_states_layer_ids="abc") or t, "no EAGLE drafter"),
     "no drafter": (lambda t, c: {"weight": t["fc.weight"]}, "no drafter that can be told"),
-    "ViSpec": (lambda t, c: t | {"imadpt.q": t["norm.weight"] + 0}, "a ViSpec drafter"),
+    "an adaptor too many": (lambda t, c: t | {"imadpt.q": t["norm.weight"][:32].view(2, 4, 4) + 0}, "has no rows past"),
+    "ViSpec of NeMo's": (lambda t, c: t | {"img_adaptor.query": t["norm.weight"] + 0}, "a ViSpec drafter of NeMo's"),
     "DFlash": (lambda t, c: t | {"hidden_norm.weight": t["norm.weight"] + 0}, "a DFlash drafter"),
     "another algorithm": (lambda t, c: c.update(speculators_model_type="peagle") or t, "'peagle' drafter"),
 }  # fmt: skip
@@ -280,8 +407,9 @@ def test_another_target_is_refused_in_generate(publish):
         generate(target_of("llama"), family("llama").make_inputs(target_of("llama")), assistant_model=wide)
 
 
-def test_saved_and_loaded_it_says_the_same(publish, tmp_path):
-    target, folder = publish(NAMED["speculators-3.1"])
+@pytest.mark.parametrize("name", ["speculators-3.1", "vispec", "msd-qwen"])
+def test_saved_and_loaded_it_says_the_same(name, publish, tmp_path):
+    target, folder = publish(NAMED[name])
     drafter = dream_hf.load_drafter(folder, target)
     drafter.save_pretrained(tmp_path)
     again = dream_hf.load_drafter(tmp_path, target)

@@ -195,3 +195,10 @@ def test_what_cannot_be_is_refused():
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
     assert len(LayerSkipDrafter(gpt2, skip=[0, 1]).skip) == 4  # layers by another name
     assert LayerSkipDrafter(target, skip=[1]).skip == ["1.attention", "1.mlp"]
+    with pytest.raises(ValueError, match=r"keeps to itself\. Pass it to `generate\(assistant_model=\.\.\.\)`"):
+        target.generate(
+            **family("llama").make_inputs(target),
+            max_new_tokens=8,
+            custom_generate=dream_hf.dream_chain_generate,
+            drafter=LayerSkipDrafter(target),
+        )

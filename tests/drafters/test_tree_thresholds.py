@@ -14,6 +14,7 @@ from dream_hf.drafters import growth as drafting
 from dream_hf.drafters.dream.state import DrafterState
 from dream_hf.drafters.levels import SlotLevel, TargetHead
 from dream_hf.drafters.visibility import bias_of
+from dream_hf.runtime import crossings
 from dream_hf.targets.target import Target
 
 
@@ -159,6 +160,26 @@ def test_output_is_exact(batch_size):
     assert torch.equal(result.sequences, plain)
     drafted = result.drafted_lengths[result.drafted_lengths >= 0]
     assert drafted.max() < 32
+
+
+def test_accelerators_are_rarely_asked(grown, monkeypatch):
+    """Where reading waits, one level in four is looked at, with thresholds; what is unlikely is what is left out first."""
+    asked, own = [], torch.Tensor.__bool__
+    on_host, _ = grown(tree_size=84, tree_min_node_probability=1e-3)
+    monkeypatch.setattr(crossings, "reads_wait", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: asked.append(1) or own(self))
+    for name in ("tolist", "item", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    far, _ = grown(tree_size=84, tree_min_node_probability=1e-3)
+    monkeypatch.undo()
+    assert far.max_depth == 4 and far.num_nodes == 1 + 4 + 3 * 16 and len(asked) == 1  # all that was found by then
+
+    def texts(tree) -> set[tuple[int, ...]]:
+        return {tuple(tree.tokens[0, tree.ancestors[0, node]].tolist()) for node in range(tree.num_nodes)}
+
+    assert texts(on_host) < texts(far)
+    monkeypatch.setattr(crossings, "reads_wait", lambda device: True)
+    assert grown(tree_min_level_probability=0.999, tree_min_node_probability=0.0)[0].max_depth == 4
 
 
 @pytest.mark.parametrize("name", ["tree_min_level_probability", "tree_min_node_probability"])

@@ -32,6 +32,9 @@ class Layout:
         num_drafted: tokens that it drafts; None for all.
         biases: projections that have one.
         planes: for every rotary channel time (0), height (1) or width (2); None for one-dimensional positions.
+        image_rows: what is read of pictures: the placeholder's embedding ("token"), the merged one ("merged"), that past
+            `fc` ("direct", MSD), or a few vectors for all of a picture ("compressed", ViSpec).
+        num_queries: learned queries of ViSpec's adaptor.
         as_pickle: whether it is published as a pickle.
         family: the target family it is for.
     """
@@ -59,6 +62,8 @@ class Layout:
     input_norm: bool = False
     own_embedding: bool = False
     planes: tuple[int, ...] | None = None
+    image_rows: str = "token"
+    num_queries: int = 0
     as_pickle: bool = False
     family: str = "llama"
 
@@ -106,6 +111,10 @@ class Layout:
             shapes |= {f"fc_norm.{index}.weight": (32,) for index in range(len(self.layers))}
         if self.own_embedding or self.generation == 1:
             shapes["embed_tokens.weight"] = (VOCAB, hidden)
+        if self.num_queries:
+            shapes |= {"img_fc.weight": (hidden, 2 * hidden), "imadpt.q": (self.num_queries, HEADS, self.head_dim)}
+            shapes |= {f"imadpt.{part}_proj.weight": (heads, hidden) for part in "kv"}
+            shapes["imadpt.o_proj.weight"] = (hidden, heads)
         matrices = [name for name in shapes if len(shapes[name]) == 2]
         shapes |= {name.replace("weight", "bias"): shapes[name][:1] for name in matrices
                    if any(part in name for part in self.biases)}  # fmt: skip
@@ -117,7 +126,7 @@ class Layout:
 
         def draw(name, shape):
             noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if len(shape) == 2:
+            if len(shape) > 1:
                 return noise * (3 if "lm_head" in name else 1.5) / shape[1] ** 0.5
             return noise * 0.3 + ("norm" in name)
 
@@ -156,7 +165,8 @@ def log_probs(layout: Layout, table: Tensor, head: Tensor, inputs: dict[str, Ten
         layout: how it is wired.
         table: the target's embeddings, (V, 32).
         head: the target's head, (V, 32).
-        inputs: `tokens` (L,), those behind each feature; `features` (L, layers * 32); `positions` (3, L).
+        inputs: `tokens` (L,), those behind each feature; `features` (L, layers * 32); `positions` (3, L); for drafters that
+            read pictures `merged` (L, 32), what entered the decoder at these tokens, and `is_image` (L,).
         path: drafted tokens.
     """
     weights = layout.weights()
@@ -165,7 +175,11 @@ def log_probs(layout: Layout, table: Tensor, head: Tensor, inputs: dict[str, Ten
     states = _fused(layout, weights, inputs["features"])
     said = []
     for token in [*path, None]:
-        out = _run(layout, weights, table[tokens], states, positions)[-1]
+        embeds = table[tokens]
+        if layout.image_rows != "token":
+            merged, is_image = inputs["merged"], inputs["is_image"]
+            embeds = torch.stack([merged[at] if flag else embeds[at] for at, flag in enumerate(is_image)])
+        out = _run(layout, weights, embeds, states, positions, inputs.get("is_image"))[-1]
         fed = _norm(out, weights["norm.weight"], layout.eps) if layout.feedback_normed else out
         read = (
             _norm(fed, weights["norm.weight"], layout.eps) if layout.final_norm and not layout.feedback_normed else fed
@@ -173,6 +187,10 @@ def log_probs(layout: Layout, table: Tensor, head: Tensor, inputs: dict[str, Ten
         said.append((weights.get("lm_head.weight", head) @ read).log_softmax(-1))
         if token is not None:
             tokens = torch.cat([tokens, torch.tensor([token])])
+            if layout.image_rows != "token":  # a drafted token is text
+                none = torch.zeros(1, table.shape[1], dtype=torch.float64)
+                inputs = {**inputs, "merged": torch.cat([inputs["merged"], none])}
+                inputs["is_image"] = torch.cat([inputs["is_image"], torch.tensor([False])])
             states = torch.cat([states, fed[None]])
             positions = torch.cat([positions, positions.max() + torch.ones(3, 1, dtype=torch.long)], dim=1)
     answer = torch.full((len(said), VOCAB), -torch.inf, dtype=torch.float64)
@@ -192,11 +210,54 @@ def _fused(layout: Layout, weights: dict[str, Tensor], features: Tensor) -> Tens
     return _linear(weights, "fc", features)
 
 
-def _run(layout: Layout, weights: dict[str, Tensor], embeds: Tensor, states: Tensor, positions: Tensor) -> Tensor:
+def _mixed(layout: Layout, weights: dict[str, Tensor], embeds: Tensor, states: Tensor, is_image: Tensor | None):
+    """What enters the layer in the first generation, and of which rows: (R, H), (R,)."""
+    entering, places, picture = [], [], []
+    context = torch.zeros(layout.hidden, dtype=torch.float64)
+    for at, (embed, state) in enumerate(zip(embeds, states, strict=True)):
+        if layout.image_rows in ("direct", "compressed") and is_image is not None and is_image[at]:
+            picture.append(embed)
+            continue
+        if picture and layout.image_rows == "compressed":
+            *picture, context = _looked_at(weights, torch.stack(picture), len(picture))
+        entering += picture
+        places += range(at - len(picture), at)
+        picture = []
+        read = _linear(weights, "img_fc", torch.cat([state, context])) if layout.num_queries else state
+        entering.append(_linear(weights, "fc", torch.cat([embed, read])))
+        places.append(at)
+    return torch.stack(entering), torch.tensor(places)
+
+
+def _looked_at(weights: dict[str, Tensor], embeds: Tensor, most: int) -> list[Tensor]:
+    """What ViSpec's queries make of a picture, the last one's for text; of the others no more than `most`."""
+    queries = weights["imadpt.q"]
+    keys, values = (
+        _linear(weights, f"imadpt.{part}_proj", embeds).view(len(embeds), *queries.shape[1:]) for part in "kv"
+    )
+    made = []
+    for query in queries:
+        heads = [
+            (keys[:, head] @ query[head] / len(query[head]) ** 0.5).softmax(-1) @ values[:, head]
+            for head in range(HEADS)
+        ]
+        made.append(_linear(weights, "imadpt.o_proj", torch.cat(heads)))
+    return [*made[:-1][-most:], made[-1]]
+
+
+def _run(
+    layout: Layout,
+    weights: dict[str, Tensor],
+    embeds: Tensor,
+    states: Tensor,
+    positions: Tensor,
+    is_image: Tensor | None = None,
+) -> Tensor:
     """What comes out of all rows, (L, H)."""
     hidden = states
     if layout.generation == 1:
-        hidden = _linear(weights, "fc", torch.cat([embeds, states], dim=-1))
+        hidden, places = _mixed(layout, weights, embeds, states, is_image)
+        positions = positions[:, places]
     for index in range(layout.num_layers):
         name = f"layers.{index}"
         read = hidden
@@ -254,6 +315,11 @@ def _linear(weights: dict[str, Tensor], name: str, states: Tensor) -> Tensor:
     return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out
 
 
+MSD_QWEN = {
+    "model_type": "qwen2_vl",
+    "rope_theta": 300.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+}
 IDS = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
 SPECULATORS: dict[str, Any] = {
     "architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3", "target_hidden_size": None,
@@ -276,6 +342,15 @@ LAYOUTS = [
     Layout("eagle2-qwen", {"bias": False, "rope_theta": 300.0}, (3,), first="layers.0", generation=1, theta=300.0,
            biases=("q_proj", "k_proj", "v_proj"), final_norm=False),
     Layout("nemo-eagle1", {}, (3,), prefix="model.", first="layers.0", generation=1, input_norm=True, feedback_normed=True),
+    Layout("vispec", {}, (3,), first="layers.0", generation=1, kv_heads=4, biases=("fc",), final_norm=False,
+           image_rows="compressed", num_queries=2, family="llava_clip_llama"),
+    Layout("vispec-qwen", {"bias": False, "rope_theta": 300.0}, (3,), first="layers.0", generation=1, kv_heads=4, theta=300.0,
+           biases=("q_proj", "k_proj", "v_proj"), final_norm=False, image_rows="compressed", num_queries=4, as_pickle=True,
+           family="qwen2_5_vl"),
+    Layout("msd", {"mm_projector_type": "mlp2x_gelu"}, (3,), first="layers.0", generation=1, kv_heads=4, biases=("fc",),
+           final_norm=False, own_embedding=True, image_rows="direct", family="llava_clip_llama"),
+    Layout("msd-qwen", MSD_QWEN, (3,), first="layers.0", generation=1, theta=300.0, biases=("fc", "q_proj", "k_proj", "v_proj"),
+           final_norm=False, input_norm=True, own_embedding=True, image_rows="direct", family="qwen2_vl"),
     Layout("eagle3", SPECFORGE, eps=1e-5),
     Layout("eagle3-pickle-all-tokens", {**SPECFORGE, "num_hidden_layers": 8, "head_dim": 99}, num_drafted=None, kv_heads=1,
            as_pickle=True),

@@ -461,3 +461,30 @@ def test_adapters_train_save_load_merge_and_decode(tmp_path):
     inputs = {name: value[:1] for name, value in batch_for(trainer, [0]).items() if name != "answer_mask"}
     plain = target.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert torch.equal(target.generate(**inputs, assistant_model=loaded, max_new_tokens=8, do_sample=False), plain)
+
+
+def test_distributions_are_compared_over_the_tokens_that_may_be_drafted(tmp_path):
+    """Over all of them nothing changes; over some, each side's probabilities are renormalised to these."""
+    target, drafter = make_target(dtype=torch.float64), None
+    kl_only = {"final_feature_loss_weight": 0.0, "mid_feature_loss_weight": 0.0, "feature_selection": "none"}
+    losses = {}
+    for size in (None, drafter_vocabulary := target.config.get_text_config().vocab_size, 24):
+        for which in ("all", "draft"):
+            drafter = make_drafter(target).double()
+            if size is not None:
+                drafter.set_draft_vocabulary(torch.arange(size))
+            trainer = make_trainer(tmp_path, target, drafter, loss_vocabulary=which, **kl_only)
+            losses[size, which] = trainer.compute_loss(drafter, batch_for(trainer), return_outputs=True)
+    value = losses[None, "all"][0]
+    for key in ((None, "draft"), (drafter_vocabulary, "draft"), (24, "all")):
+        assert abs(losses[key][0] - value) < 1e-9
+    inputs = batch_for(trainer)
+    batch = trainer._drafter_batch(inputs)
+    log_p, log_q = (
+        trainer.logits(features)[:, :24].log_softmax(-1)
+        for features in (batch.text.features[batch.predicts], losses[24, "draft"][1].first.hidden)
+    )
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert abs(losses[24, "draft"][0] - expected) < 1e-6 < abs(expected - value)
+    losses[24, "draft"][0].backward()
+    assert all(weight.grad is not None for weight in drafter.parameters() if weight.requires_grad)

@@ -29,6 +29,21 @@ def test_accelerate_reads_the_configuration(path):
     assert config.distributed_type.value == expected
 
 
+def test_recipe_without_data_is_read():
+    given, args = parse([str(EXAMPLES / "smollm2" / "train.yaml")])
+    assert given.drafter_config["pause_below"] > 1 and args.draft_vocab_size and args.loss_vocabulary == "draft"
+
+
+def test_weights_that_are_not_installed_are_named():
+    script = EXAMPLES / "smollm2" / "prepare.py"
+    code = (
+        f"import runpy; find = runpy.run_path({str(script)!r})['find_weights']\n"
+        "find.__globals__['PACKAGE'] = 'no-such-package'; find()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("The package no-such-package is not installed: pip install")
+
+
 def test_example_trains_a_drafter(tmp_path):
     script = EXAMPLES / "train.py"
     assert len(script.read_text().splitlines()) <= 120

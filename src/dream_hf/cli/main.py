@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..version import __version__
-from . import bench, convert, demo, generate, push, regenerate, train
+from . import attach, bench, convert, demo, generate, push, regenerate, serve, train
 from .options import Parser
 
 COMMANDS: dict[str, ModuleType] = {
@@ -21,6 +21,8 @@ COMMANDS: dict[str, ModuleType] = {
     "regenerate": regenerate,
     "convert": convert,
     "push": push,
+    "attach": attach,
+    "serve": serve,
 }
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 TRACEBACK = "DREAM_HF_TRACEBACK"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from .options import DRAFTERS, add_models, load, whole_number
 
@@ -10,14 +12,19 @@ HELP = "Replace the answers of a dataset by the target's own, which is what a dr
 EXAMPLE = (
     "dream-hf regenerate --target llava-hf/llava-v1.6-vicuna-7b-hf --rows rows.jsonl --output answers.jsonl "
     "--batch-size 16\n  accelerate launch --num_processes 8 -m dream_hf regenerate --target llava-hf/llava-v1.6-vicuna-7b-hf "
-    "--rows rows.jsonl --output answers.jsonl  # shared out over 8 devices"
+    "--rows rows.jsonl --output answers.jsonl  # shared out over 8 devices\n"
+    "  dream-hf regenerate --target TARGET --self-prompts 1000 --output answers.jsonl  # no data needed"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf regenerate`."""
     add_models(parser, drafter=f"decode with this drafter, the same answers sooner: {DRAFTERS}")
-    parser.add_argument("--rows", required=True, help="a .jsonl, .json or .parquet file, or a dataset on the Hub")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--rows", help="a .jsonl, .json or .parquet file, or a dataset on the Hub")
+    prompts.add_argument(
+        "--self-prompts", type=whole_number(1), metavar="N", help="no rows: a chat model writes N prompts itself"
+    )
     parser.add_argument("--split", default="train", help="split of a dataset on the Hub (default: train)")
     parser.add_argument("--output", required=True, help="the .jsonl file to write; started again, it goes on")
     parser.add_argument("--batch-size", type=whole_number(1), default=8, help="prompts decoded together (default: 8)")
@@ -45,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     report = regenerate(
         models.target,
         models.processor,
-        args.rows,
+        args.rows if args.self_prompts is None else _self_prompts(args, models, state),
         args.output,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
@@ -59,6 +66,16 @@ def run(args: argparse.Namespace) -> None:
     )
     if state.is_main_process:
         print(report)
+
+
+def _self_prompts(args: argparse.Namespace, models: Any, state: Any) -> list[dict[str, Any]]:
+    """Prompts that the target writes; the first process writes them, the others read what it wrote."""
+    from ..regeneration.self_prompts import write_prompts
+
+    output = Path(args.output).expanduser()
+    folder = output.with_name(f"{output.stem}_files") / "prompts"
+    with state.main_process_first():
+        return write_prompts(models.target, models.processor, folder, args.self_prompts, seed=args.seed)
 
 
 def _has_accelerator() -> bool:

@@ -219,7 +219,7 @@ class _Decoding:
         ids = sequences.at(max(sequences.lengths))
         self.forward(DraftTree.chain(ids.gather(1, unread.clamp(max=ids.shape[1] - 1))))
         self.forward.record.clear()
-        self.forward.commit(torch.arange(max(missing)).expand(len(missing), -1), missing)
+        self.forward.commit(None, missing)
 
     def result(self) -> DreamGenerateOutput | torch.Tensor:
         """What `generate()` returns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..compat import CACHE
+
+logger = logging.getLogger(__name__)
 
 Layers = tuple[torch.Tensor, ...]
 
@@ -113,6 +116,8 @@ class Recorder:
 
     def result(self, sequences: torch.Tensor, num_new: int, cache: Cache) -> DreamGenerateOutput | torch.Tensor:
         """What `generate()` returns, for `sequences` whose last `num_new` columns are new."""
+        if logger.isEnabledFor(logging.INFO):
+            logger.info(self._summary())
         if not self.config.return_dict_in_generate:
             return sequences
         fields: dict[str, Any] = {
@@ -125,6 +130,17 @@ class Recorder:
             accepted_lengths=self._table(self.accepted),  # type: ignore[arg-type]
             drafted_lengths=self._table(self.drafted),  # type: ignore[arg-type]
             **fields,
+        )
+
+    def _summary(self) -> str:
+        """What was gained, in a line."""
+        gains = [gain for step in self.accepted for gain in step if gain > 0]
+        if not gains:
+            return "no step was taken"
+        drafted = sum(number for step in self.drafted for number in step if number > 0) / len(gains)
+        return (
+            f"{sum(gains)} tokens in {len(self.accepted)} steps of {self.batch_size} rows: tau {sum(gains) / len(gains):.2f} "
+            f"of {drafted:.1f} drafted"
         )
 
     def _table(self, steps: list[list[int]]) -> torch.Tensor:

@@ -13,10 +13,11 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..compat import CACHE
+from ..runtime import crossings
 from ..runtime.compilation import Settings as CompileSettings
 from ..runtime.compilation import compiled_function, run_model
 from ..runtime.counts import Counts
-from ..runtime.kv_cache import SlotLayer, capacity_for, slot_layers
+from ..runtime.kv_cache import SlotLayer, capacity_for, into_slots, slot_layers
 from ..runtime.leases import give_back, take_lease
 from ..runtime.phases import CACHE_WORK, TARGET, phase
 from ..runtime.recurrent.layers import TreeStates, state_layers
@@ -92,6 +93,10 @@ class TargetForward:
         with slot_layers(cache, self.slots) as self.layers, state_layers(cache, originals, self.states):
             yield
 
+    def take_over(self, cache: Cache) -> None:
+        """Let a prefilled cache that nobody else looks at take trees from here on."""
+        self.layers = list(into_slots(cache, self.slots).values())
+
     def positions_left(self) -> int | None:
         """How deep a tree may grow below the longest row while the target knows the positions; past them it is its affair."""
         if self.last_position is None:
@@ -136,19 +141,20 @@ class TargetForward:
         """Features (B, N, layers * H) of the nodes in the last forward, whose outputs these are; None where none are wanted."""
         return self.record.take()[1]
 
-    def commit(self, path: torch.Tensor, counts: Sequence[int]) -> None:
-        """Let the verified text go on by the first `counts` (B,) nodes of `path` (B, P), from the root down."""
+    def commit(self, path: torch.Tensor | None, counts: Sequence[int]) -> None:
+        """Let the verified text go on by the first `counts` (B,) nodes of `path` (B, P), from the root down; or of a chain."""
         counts = Counts.of(counts)
-        if max(counts) > 1:  # the root is where it belongs
+        if path is not None and max(counts) > 1:  # the root is where it belongs, and so is a chain
             self.keep(path)
         if self.states.layers and any(counts):
-            self.states.keep(path, counts.on(path.device))
+            self.states.keep(path, counts)
         self.slots.commit(counts)
 
     def keep(self, path: torch.Tensor) -> None:
         """Keep the nodes `path` (B, P) in the cache, and take the others back."""
-        is_in_place = path.device.type == "cpu" and bool((path[:, -1] == path.shape[1] - 1).all())  # elsewhere a sync
-        if is_in_place:
+        if not crossings.reads_wait(path.device) and bool(
+            (path[:, -1] == path.shape[1] - 1).all()
+        ):  # they are in place
             return
         with phase(CACHE_WORK):
             for layer in self.layers:

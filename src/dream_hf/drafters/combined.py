@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from ..decoding.draft_schedule import DraftSchedule
 from ..decoding.drafter import Drafter, DraftSession, Needs, Prefill, Verified
 from ..decoding.settings import DraftSettings
 from ..decoding.tree import DraftTree
 from ..runtime.phases import GROWTH, phase
 from .best_first import tree_of
-from .opinions import Opinion, Panel, opinions_of
+from .opinions import Opinion, Panel, opinions_of, reach
 
 WORTH_ASKING = 2.0  # times the least probability of a node: what must be left for others
 
@@ -27,8 +28,8 @@ class CombinedDrafter(Drafter):
 
     Args:
         drafters (`Sequence[Drafter]`): Whom to ask.
-        settings (`DraftSettings`, *optional*): Of the one tree; by default those of the last drafter. Each drafter drafts by
-            its own, and nothing below this one's `tree_min_node_probability`.
+        settings (`DraftSettings`, *optional*): Of the one tree; by default those of the last drafter, without its pauses. Each
+            drafter drafts and pauses by its own, and drafts nothing below this one's `tree_min_node_probability`.
 
     Raises:
         ValueError: No drafter at all.
@@ -46,7 +47,7 @@ class CombinedDrafter(Drafter):
 
     @property
     def settings(self) -> DraftSettings:
-        return self._settings or self.drafters[-1].settings
+        return self._settings or self.drafters[-1].settings.changed(pause_below=0.0)
 
     @property
     def needs(self) -> Needs:
@@ -89,6 +90,8 @@ class CombinedSession(DraftSession):
             panels = [Panel(num_drafters) for _ in prefill.first_tokens]
             earlier = Paused(drafter, [None] * num_drafters, panels)
         self.panels = earlier.panels
+        self.schedules = [DraftSchedule(part.settings.pause_below) for part in drafter.drafters]
+        self.asked: dict[int, list[Opinion]] = {}  # what was thought below the last tokens, of each row
         self.sessions = [
             self._start(part, needs, replace(prefill, earlier=session))
             for part, needs, session in zip(drafter.drafters, self.needs, earlier.sessions, strict=True)
@@ -97,13 +100,18 @@ class CombinedSession(DraftSession):
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         depth = self.settings.tree_depth if max_depth is None else min(self.settings.tree_depth, max_depth)
         asked: dict[int, list[Opinion]] = {}
+        self.asked, tree = asked, DraftTree.chain(root_tokens)
         for place in self._by_trust():
-            tree = self.sessions[place].draft(root_tokens, depth)
+            schedule = self.schedules[place]
+            if schedule.is_paused:
+                continue
+            most = depth if schedule.max_depth is None else min(depth, schedule.max_depth)
+            tree = self.sessions[place].draft(root_tokens, most)
             asked[place] = opinions_of(tree)
             room = max(opinion.room(depth, self.end_ids) for opinion in asked[place])
             if room < WORTH_ASKING * self.settings.tree_min_node_probability:
                 break
-        if len(asked) == 1 and tree.num_nodes <= self.settings.tree_size:
+        if len(asked) <= 1 and tree.num_nodes <= self.settings.tree_size:
             return tree
         with phase(GROWTH):
             rows = [
@@ -113,8 +121,17 @@ class CombinedSession(DraftSession):
             return tree_of(root_tokens, rows)
 
     def read(self, verified: Verified) -> None:
-        for panel, tokens, count in zip(self.panels, verified.tokens.tolist(), verified.counts, strict=True):
-            panel.judge(tokens[:count])
+        gained = [tokens[:count] for tokens, count in zip(verified.tokens.tolist(), verified.counts, strict=True)]
+        for panel, tokens in zip(self.panels, gained, strict=True):
+            panel.judge(tokens)
+        for place, schedule in enumerate(self.schedules):
+            alone = [  # what it would have gained
+                min(reach(opinion, tokens) + 1, len(tokens))
+                for opinion, tokens in zip(self.asked.get(place, ()), gained, strict=False)
+                if tokens
+            ]
+            if alone or schedule.is_paused:
+                schedule.note(alone)
         for needs, session in zip(self.needs, self.sessions, strict=True):
             likeliest = None if verified.likeliest is None else verified.likeliest[..., : needs.num_likeliest]
             features = self._part(verified.features, needs)

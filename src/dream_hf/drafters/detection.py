@@ -39,18 +39,10 @@ def _unread_kind(config: Mapping[str, Any], names: Set[str]) -> str | None:
     """What a checkpoint is, of kinds that are known and not read."""
     algorithm = config.get("speculators_model_type")
     kinds = {
-        "a ViSpec drafter": any(name.startswith(("imadpt.", "img_adaptor.", "img_fc.")) for name in names),
+        "a ViSpec drafter of NeMo's": any(name.startswith("img_adaptor.") for name in names),
         "a DFlash drafter": "hidden_norm.weight" in names,
         "a parallel (P-EAGLE) drafter": "mask_hidden" in names,
         "a drafter with latent attention (MLA)": any(".q_a_proj." in name for name in names),
         f"a {algorithm!r} drafter of speculators": algorithm not in (None, "eagle3"),
-        "an MSD drafter": _is_msd(config, names),
     }
     return next((kind for kind, is_it in kinds.items() if is_it), None)
-
-
-def _is_msd(config: Mapping[str, Any], names: Set[str]) -> bool:
-    """EAGLE-2's weights with a trained embedding; its layer has an input norm, or its config is that of a LLaVA."""
-    if "embed_tokens.weight" not in names or names & {"norm.weight", "layers.0.hidden_norm.weight"}:
-        return False
-    return "layers.0.input_layernorm.weight" in names or "mm_projector_type" in config

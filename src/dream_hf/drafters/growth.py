@@ -16,6 +16,7 @@ import torch
 
 from ..decoding.settings import DraftSettings
 from ..decoding.tree import DraftTree
+from ..runtime import crossings
 from ..runtime.phases import GROWTH, phase
 from ..runtime.threads import cpu_threads
 from .levels import index_of
@@ -23,6 +24,7 @@ from .levels import index_of
 # Scores of a child and its parent can tie when the child is certain. A small price per level makes parents win, so that
 # a node is never kept without its parent.
 LEVEL_PRICE = 1e-3
+LOOK_EVERY = 4  # levels of a tree that is grown on an accelerator, of which one is looked at
 
 
 class Level(Protocol):
@@ -124,7 +126,7 @@ def _expand_levels(
     level = source.first_level(num_levels, top_k)
     found.add(level, torch.full_like(level.tokens[:, :1], -1))
     for depth in range(1, num_levels):
-        promising = _promising(level, settings, end_ids)
+        promising = _promising(level, depth, settings, end_ids)
         if not promising:
             break
         best = level.best
@@ -144,7 +146,8 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, settings: DraftSet
         is_likely = log_probs >= math.log(settings.tree_min_node_probability)
         # Whatever the levels: behind the likely.
         scores = torch.where(is_likely, scores, scores - LEVEL_PRICE * num_levels)
-        num_nodes = min(max(int(is_likely.sum(-1).max()), 1), num_nodes)
+        if not crossings.reads_wait(log_probs.device):
+            num_nodes = min(max(int(is_likely.sum(-1).max()), 1), num_nodes)
     chosen = scores.topk(min(num_nodes, scores.shape[1]), dim=-1).indices.sort(dim=-1).values
     tokens = torch.cat(found.tokens, dim=1).gather(1, chosen)
     parents = found.parent_of_each().gather(1, chosen)
@@ -179,15 +182,20 @@ def _starts_above(sizes: tuple[tuple[int, int], ...], device: torch.device) -> t
     return torch.tensor(starts).to(device)
 
 
-def _promising(level: Level, settings: DraftSettings, end_ids: frozenset[int]) -> list[int]:
+def _promising(level: Level, depth: int, settings: DraftSettings, end_ids: frozenset[int]) -> list[int]:
     """Which of the best nodes to expand: none where they are reached too rarely together, or all of them end the text.
 
-    A node that every row would leave out, with all that is below it, is not worth it. Off the CPU, without thresholds, that
-    is not worth a transfer to the host.
+    A node that every row would leave out, with all that is below it, is not worth it. An accelerator waits for whatever is
+    read from it: there all nodes of a level are expanded or none, and only one level in `LOOK_EVERY` is looked at, if at all.
     """
     min_level, min_node = settings.tree_min_level_probability, settings.tree_min_node_probability
-    if level.scores.device.type != "cpu" and not min_level and not min_node:
-        return list(range(level.best.shape[1]))
+    if crossings.reads_wait(level.scores.device):
+        everything = list(range(level.best.shape[1]))
+        if not (min_level or min_node) or depth % LOOK_EVERY:
+            return everything
+        probabilities = level.best_scores.exp()
+        goes_on = (probabilities.sum(-1) >= min_level) & (probabilities.amax(-1) >= min_node)
+        return everything if bool(goes_on.any()) else []
     rows = [
         [0.0 if token in end_ids else math.exp(score) for token, score in zip(*row, strict=True)]
         for row in zip(level.best_tokens.tolist(), level.best_scores.tolist(), strict=True)

@@ -43,6 +43,16 @@ class Opinion:
         return most
 
 
+def reach(opinion: Opinion, tokens: Sequence[int]) -> int:
+    """How many of the tokens that followed were drafted one below the other."""
+    found = 0
+    for token in tokens:
+        if token not in opinion.after:
+            break
+        opinion, found = opinion.after[token], found + 1
+    return found
+
+
 def opinions_of(tree: DraftTree) -> list[Opinion]:
     """The opinion below the root of each row of a tree; nodes that are never reached are left out."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()

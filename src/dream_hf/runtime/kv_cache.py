@@ -260,12 +260,7 @@ def slot_layers(cache: Cache, slots: Slots, room: int = 0, is_kept: bool = True)
         is_kept (`bool`): Whether anybody looks at the cache afterwards; else what it holds may be overwritten.
     """
     originals: list[Any] = list(cache.layers)
-    adopted: dict[int, SlotLayer] = {}
-    for index, layer in enumerate(originals):
-        if getattr(layer, "keys", None) is not None:
-            window = getattr(layer, "sliding_window", None)
-            adopted[index] = cache.layers[index] = SlotLayer(slots, window, str(index))
-            _adopt(adopted[index], layer, room)
+    adopted = into_slots(cache, slots, room)
     try:
         yield list(adopted.values())
     finally:
@@ -277,6 +272,18 @@ def slot_layers(cache: Cache, slots: Slots, room: int = 0, is_kept: bool = True)
                     originals[index].values.clone(),
                 )
         cache.layers[:] = originals
+
+
+def into_slots(cache: Cache, slots: Slots, room: int = 0) -> dict[int, SlotLayer]:
+    """Let a prefilled cache keep its keys and values in [`SlotLayer`]s from here on; they are returned by their places."""
+    adopted: dict[int, SlotLayer] = {}
+    originals: list[Any] = list(cache.layers)
+    for index, layer in enumerate(originals):
+        if getattr(layer, "keys", None) is not None:
+            window = getattr(layer, "sliding_window", None)
+            adopted[index] = cache.layers[index] = SlotLayer(slots, window, str(index))
+            _adopt(adopted[index], layer, room)
+    return adopted
 
 
 def unsupported_layer(cache: Cache) -> str | None:

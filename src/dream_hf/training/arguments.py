@@ -12,6 +12,7 @@ from ..drafters.dream.reading import VISUAL_IMPORTANCE
 
 FeatureSelection = Literal["token", "sample", "static", "none"]
 AcceptanceLoss = Literal["none", "tv", "nla"]
+LossVocabulary = Literal["all", "draft"]
 FeatureNormalization = Literal["none", "mid", "all"]
 
 
@@ -68,7 +69,11 @@ class DreamTrainingArguments(TrainingArguments):
     What may be drafted:
         draft_vocab_size (`int`, *optional*):
             Draft only this many tokens, those that end answers and the most frequent of the training answers; by default
-            what the drafter's config says. Losses are over the whole vocabulary all the same.
+            what the drafter's config says.
+        loss_vocabulary (`"all"` or `"draft"`, defaults to `"all"`):
+            Over which tokens the target's and the drafter's distributions are compared. `"draft"` compares them over the
+            tokens that may be drafted, each renormalised to these as in EAGLE-3: for a small target with a large vocabulary
+            most of a step's time is spent on the others.
 
     Data:
         max_length (`int`, *optional*, defaults to 4096):
@@ -130,6 +135,7 @@ class DreamTrainingArguments(TrainingArguments):
         None,
         "Draft only this many tokens, the most frequent of the training answers; by default what the drafter does.",
     )
+    loss_vocabulary: LossVocabulary = _argument("all", "Tokens that distributions are compared over: all or draft.")
 
     # -- data
     max_length: int | None = _argument(4096, "Longest row in tokens, images included.")
@@ -207,6 +213,7 @@ class DreamTrainingArguments(TrainingArguments):
             )
         self._require_choice("feature_selection", FeatureSelection)
         self._require_choice("acceptance_loss", AcceptanceLoss)
+        self._require_choice("loss_vocabulary", LossVocabulary)
         self._require_choice("feature_normalization", FeatureNormalization)
         given = [name for name in ("static_layer_index", "static_layer_depth") if getattr(self, name) is not None]
         if self.feature_selection == "static" and len(given) != 1:

@@ -215,7 +215,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         features = batch.text.features.to(next(model.parameters()).dtype)
         generator = self._generator(features.device)
         features = add_noise(features, lengths, self.args.feature_noise, generator)
-        value = self.objective(model, batch, features, self.logits, generator)
+        value = self.objective(model, batch, features, self._loss_logits(model), generator)
         self.logged_means.add(value, batch, self.target.is_visual(batch.token_ids))
         num_items = batch.predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         # Processes average their gradients, and what is wanted is the sum.
@@ -246,6 +246,12 @@ class DreamTrainer(WholeCheckpointTrainer):
     def logits(self, features: Tensor) -> Tensor:
         """The target's logits (..., V) for features (..., H), on the features' device."""
         return self._run_head(self.target.logits, features)
+
+    def _loss_logits(self, drafter: Any) -> Callable[[Tensor], Tensor]:
+        """The logits that losses compare, for a drafter or what wraps it."""
+        if self.args.loss_vocabulary == "all":
+            return self.logits
+        return self._draft_logits(unwrap(self.accelerator.unwrap_model(drafter, keep_torch_compile=False)))  # type: ignore[arg-type]
 
     def _draft_logits(self, drafter: DreamDrafter) -> Callable[[Tensor], Tensor]:
         """The logits of what a drafter may draft, made as `logits` are."""
@@ -316,7 +322,7 @@ class DreamTrainer(WholeCheckpointTrainer):
             batch = self.extractor.drafter_batch(inputs, answer_mask).to(self.args.device)
             if batch.predicts.any():
                 features = batch.text.features.to(drafter.dtype)
-                loss += self.objective(drafter, batch, features, self.logits).total
+                loss += self.objective(drafter, batch, features, self._loss_logits(drafter)).total
                 num_items += batch.predicts.sum()
                 replay_decoding(drafter, head, batch, counts)
                 count_chain_hits(drafter, head, batch, counts)

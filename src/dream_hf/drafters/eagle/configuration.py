@@ -9,13 +9,16 @@ from ...decoding.settings import DraftSettings
 
 MAX_PARAMETERS = 20_000_000_000
 MAX_LAYERS = 64
+MAX_IMAGE_QUERIES = 1024
+IMAGE_ROWS = ("token", "merged", "direct", "compressed")
 # Angles that depend on how long the text is: a level of a tree would have others than the same tokens read later.
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 
 
 @strict
 class EagleConfig(PreTrainedConfig):
-    r"""Configuration of an [`EagleDrafter`] (EAGLE, arXiv 2401.15077; EAGLE-3, arXiv 2503.01840).
+    r"""Configuration of an [`EagleDrafter`] (EAGLE, arXiv 2401.15077; EAGLE-3, arXiv 2503.01840; ViSpec, arXiv 2509.15235; MSD,
+    arXiv 2505.14260).
 
     Args:
         vocab_size (`int`): Size of the target's vocabulary.
@@ -41,6 +44,12 @@ class EagleConfig(PreTrainedConfig):
         mrope_section (`list[int]`, *optional*): Rotary channels of time, height and width, for a drafter that stands at the
             target's three-dimensional positions; by default it counts tokens.
         is_mrope_interleaved (`bool`): Channels of the three alternate (Qwen3-VL) instead of standing in blocks (Qwen2-VL).
+        image_rows (`str`): What is read where a token stands for a piece of a picture. `"token"`: the embedding of the
+            placeholder. `"merged"`: what the target's towers made of that piece, in its place. `"direct"`: the same, and it
+            enters the layer as it is, without `fc` and feature (MSD). `"compressed"`: a few vectors for a whole picture, and
+            one that all text behind it reads beside its features (ViSpec).
+        num_image_queries (`int`): Learned queries of ViSpec's adaptor, one of which is for text; 0 for a drafter without.
+        has_image_bias (`bool`): Whether keys and values of that adaptor have a bias.
         draft_vocab_size (`int`, *optional*): How many tokens its head knows; by default the whole vocabulary.
         target (`dict`, *optional*): What the drafter was made for, as in [`DreamConfig`].
         tree_depth, tree_top_k, tree_size, tree_min_level_probability, tree_min_node_probability, pause_below, compile,
@@ -84,6 +93,9 @@ class EagleConfig(PreTrainedConfig):
     has_head: bool = True
     mrope_section: list[int] | tuple[int, ...] | None = None
     is_mrope_interleaved: bool = False
+    image_rows: str = "token"
+    num_image_queries: int = 0
+    has_image_bias: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -148,6 +160,7 @@ class EagleConfig(PreTrainedConfig):
                 "`intermediate_size`."
             )
         self._check_reading()
+        self._check_image_rows()
         self._check_rope()
         self.check_width(DraftSettings.of(self))
 
@@ -175,6 +188,26 @@ class EagleConfig(PreTrainedConfig):
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"`draft_vocab_size` ({self.draft_vocab_size}) must lie between 1 and `vocab_size` ({self.vocab_size})."
+            )
+
+    def _check_image_rows(self) -> None:
+        if self.image_rows not in IMAGE_ROWS:
+            raise ValueError(f"`image_rows` ({self.image_rows!r}) must be one of {', '.join(IMAGE_ROWS)}.")
+        if not 0 <= self.num_image_queries <= MAX_IMAGE_QUERIES:
+            raise ValueError(
+                f"`num_image_queries` ({self.num_image_queries}) must lie between 0 and {MAX_IMAGE_QUERIES}."
+            )
+        if self.image_rows == "compressed" and not self.num_image_queries:
+            raise ValueError("`image_rows` 'compressed' needs an adaptor; `num_image_queries` (0) must be at least 1.")
+        if self.generation == 3 and (self.image_rows in ("direct", "compressed") or self.num_image_queries):
+            raise ValueError(
+                f"A drafter of `generation` 3 has no rows past its `fc` and no adaptor; `image_rows` is "
+                f"{self.image_rows!r} and `num_image_queries` {self.num_image_queries}."
+            )
+        if self.image_rows != "token" and self.target_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"`image_rows` ({self.image_rows!r}) needs the target's width; `hidden_size` is {self.hidden_size} and "
+                f"`target_hidden_size` {self.target_hidden_size}."
             )
 
     def _check_rope(self) -> None:

@@ -14,7 +14,8 @@ from .session import EagleSession
 class EagleDrafter(EagleModel, Drafter):
     """A drafter of the EAGLE family (EAGLE-1, arXiv 2401.15077; EAGLE-2, arXiv 2406.16858; EAGLE-3, arXiv 2503.01840).
 
-    It reads the target's features of some layers and drafts on its own; embedding and head are its own or the target's. Its
+    So are MSD (arXiv 2505.14260) and ViSpec (arXiv 2509.15235): EAGLE-2 that reads pictures in its own way (`image_rows`). It
+    reads the target's features of some layers and drafts on its own; embedding and head are its own or the target's. Its
     forwards are not compiled, whatever `compile` says; the target's are.
     """
 
@@ -25,10 +26,14 @@ class EagleDrafter(EagleModel, Drafter):
 
     @property
     def needs(self) -> Needs:
-        """The features of its layers; positions where it stands where the target does."""
+        """The features of its layers; positions where it stands where the target does; pictures where it reads them."""
         num_layers = (self.config.target or {}).get("num_hidden_layers", 0)
         layers = self.config.layers_of(num_layers)
-        return Needs(layers=layers, positions=self.config.mrope_section is not None)
+        return Needs(
+            layers=layers,
+            embeds=self.config.image_rows != "token",
+            positions=self.config.mrope_section is not None,
+        )
 
     def check(self, target: PreTrainedModel, settings: DraftSettings) -> None:
         """Refuse a target that this drafter was not made for, settings beyond its vocabulary, and damaged weights."""

@@ -13,8 +13,18 @@ from ..checkpoint_files import check_shapes
 from ..fit import describe_target
 from .configuration import EagleConfig
 from .drafter import EagleDrafter
-from .published import Wiring, is_first_generation, read_config, read_fields, read_wiring, refuse_unread, renamed
+from .published import (
+    Wiring,
+    is_first_generation,
+    is_msd,
+    read_config,
+    read_fields,
+    read_wiring,
+    refuse_unread,
+    renamed,
+)
 
+PADDING = 64  # tokens, of 32064
 REMEDY = "Get the checkpoint again; if it is whole, it is of a kind that is not read."
 
 
@@ -39,7 +49,9 @@ def load_eagle(
         refuse_unread(fields)
         found = read_wiring(fields, set(tensors), description["num_hidden_layers"]).changed(wiring or {})
         ours = renamed(tensors)
-        if is_first_generation(set(ours)):
+        if is_msd(fields, set(tensors)):
+            fields, ours = _with_padding(fields, ours, description["vocab_size"])
+        elif is_first_generation(set(ours)):
             ours.pop("embed_tokens.weight", None)  # a copy of the target's, which published loaders put in its place
         if not found.has_final_norm:
             ours.pop("norm.weight", None)  # SpecForge writes it and does not use it
@@ -51,6 +63,19 @@ def load_eagle(
     shapes = {name: tensor.shape for name, tensor in ours.items()}
     check_shapes(source, shapes, EagleDrafter.expected_shapes(drafter_config), REMEDY)
     return _assembled(drafter_config, ours, target)
+
+
+def _with_padding(
+    fields: dict[str, Any], tensors: dict[str, torch.Tensor], vocab_size: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """MSD's own embedding with rows for the tokens that Hugging Face's LLaVA has beyond the original one's, never written."""
+    table = tensors["embed_tokens.weight"]
+    num_missing = vocab_size - table.shape[0]
+    is_original = "mm_projector_type" in fields and fields.get("vocab_size") == table.shape[0]
+    if not (is_original and 0 < num_missing <= PADDING):
+        return fields, tensors
+    padded = torch.nn.functional.pad(table, (0, 0, 0, num_missing))
+    return {**fields, "vocab_size": vocab_size}, {**tensors, "embed_tokens.weight": padded}
 
 
 def _check_target(fields: Mapping[str, Any], tensors: Mapping[str, Any], wiring: Wiring, target: Mapping) -> None:

@@ -1,8 +1,8 @@
 """EAGLE's arithmetic: features and embeddings in, features out, of which the next level is drafted.
 
 Row p of a text pairs the target's feature of token p with the embedding of token p + 1, which was chosen from it; what comes
-out tells token p + 2. A drafted row has what came out of its parent's row instead of the target's feature. B rows of a
-batch, T new rows, H `hidden_size`, k `feature_layers`.
+out tells token p + 2. A drafted row has what came out of its parent's row instead of the target's feature. What rows read of
+pictures is in `pictures.py`. B rows of a batch, T new rows, H `hidden_size`, k `feature_layers`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..attention import Angles, attend, remembered, rotated, split_heads
 from ..pretrained import StrictPreTrainedModel
 from ..visibility import FromStart, Listed, Prefixes, Visibility
 from .configuration import EagleConfig
+from .pictures import NO_PICTURES, ImageAdaptor, Pictures
 from .rotary import angles_at, planes_of_channels
 
 
@@ -145,6 +146,9 @@ class EagleModel(EaglePreTrainedModel):
         num_norms = len(config.feature_layers) if config.has_fc_norm else 0
         self.fc_norm = nn.ModuleList(_norm(config, config.target_hidden_size) for _ in range(num_norms))  # type: ignore[arg-type]
         self.fc = nn.Linear(2 * width if is_first else config.feature_size, width, bias=config.fc_bias)
+        has_adaptor = config.num_image_queries > 0
+        self.image_adaptor = ImageAdaptor(config) if has_adaptor else None
+        self.image_fc = nn.Linear(2 * width, width, bias=config.fc_bias) if has_adaptor else None
         self.layers = nn.ModuleList(_make_layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = _norm(config, width, config.has_final_norm)
         num_drafted = config.draft_vocab_size  # which tokens these are comes with the checkpoint
@@ -169,6 +173,7 @@ class EagleModel(EaglePreTrainedModel):
         attention_mask: torch.Tensor | Visibility | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        pictures: Pictures = NO_PICTURES,
     ) -> EagleOutput:
         """Run T new rows behind those in the cache.
 
@@ -180,6 +185,7 @@ class EagleModel(EaglePreTrainedModel):
                 the cache included; by default all before it and itself.
             position_ids (`torch.Tensor` of shape `(B, T)` or `(3, B, T)`, *optional*): By default rows are counted.
             past_key_values (`Cache`, *optional*): Extended in place.
+            pictures (`Pictures`): Which rows enter the layers as they are, and what text reads of pictures before it.
 
         Returns:
             `EagleOutput`
@@ -189,7 +195,7 @@ class EagleModel(EaglePreTrainedModel):
         seen = _visibility(attention_mask, rows)
         angles = self.angles(rows if position_ids is None else position_ids, inputs_embeds)
         if self.config.generation == 1:
-            hidden = self.fc(torch.cat([inputs_embeds, states], dim=-1))
+            hidden = self.mixed(inputs_embeds, states, pictures)
             hidden = self.layers[0](hidden, seen, angles, past_key_values)
         else:
             hidden = self.layers[0](inputs_embeds, states, seen, angles, past_key_values)
@@ -197,6 +203,14 @@ class EagleModel(EaglePreTrainedModel):
             hidden = layer(hidden, seen, angles, past_key_values)
         last = self.norm(hidden) if self.config.is_feedback_normed else hidden
         return EagleOutput(last_hidden_state=last, cache=past_key_values)  # type: ignore[arg-type]
+
+    def mixed(self, embeds: torch.Tensor, states: torch.Tensor, pictures: Pictures) -> torch.Tensor:
+        """What enters the first layer of `generation` 1, of embeddings and states (B, T, H) each: (B, T, H)."""
+        if self.image_fc is not None:
+            context = torch.zeros_like(states) if pictures.context is None else pictures.context.expand_as(states)
+            states = self.image_fc(torch.cat([states, context], dim=-1))
+        hidden = self.fc(torch.cat([embeds, states], dim=-1))
+        return hidden if pictures.rows is None else torch.where(pictures.rows[..., None], embeds, hidden)
 
     def for_head(self, states: torch.Tensor) -> torch.Tensor:
         """What a head reads of the states that come out, (B, T, H)."""

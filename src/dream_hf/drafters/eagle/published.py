@@ -19,6 +19,10 @@ Tensors = Mapping[str, torch.Tensor]
 Fields = Mapping[str, Any]
 
 DEFAULT_THETA = 10000.0
+# ViSpec's names that differ from ours in more than their beginning.
+VISPEC_NAMES = {
+    "imadpt.q": "image_adaptor.queries", "img_fc.weight": "image_fc.weight", "img_fc.bias": "image_fc.bias",
+}  # fmt: skip
 # Fields of published configs that ours has under the same name.
 SHARED_FIELDS = (
     "intermediate_size", "num_attention_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
@@ -38,6 +42,7 @@ class Wiring:
         rope_theta (`float`): Base of the rotary embedding.
         mrope_section (`tuple[int, ...]`, *optional*): As in [`EagleConfig`].
         is_mrope_interleaved (`bool`): As in [`EagleConfig`].
+        image_rows (`str`): As in [`EagleConfig`].
     """
 
     feature_layers: tuple[int, ...]
@@ -47,6 +52,7 @@ class Wiring:
     rope_theta: float = DEFAULT_THETA
     mrope_section: tuple[int, ...] | None = None
     is_mrope_interleaved: bool = False
+    image_rows: str = "token"
 
     def changed(self, changes: Mapping[str, Any]) -> Wiring:
         """The same but for `changes`.
@@ -85,6 +91,7 @@ def renamed(tensors: Tensors) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{key} is a {type(value).__name__}, no tensor")
         name = re.sub(r"^midlayer\.", "layers.0.", re.sub(r"^model\.", "", key))
+        name = VISPEC_NAMES.get(name) or re.sub(r"^imadpt\.", "image_adaptor.", name)
         if name in ours:
             raise ValueError(f"the tensors {key} and another one are both {name}")
         if not re.fullmatch(r".*rotary_emb\.inv_freq", name):  # computed from the config
@@ -119,7 +126,8 @@ def read_wiring(config: Fields, names: set[str], num_target_layers: int) -> Wiri
     has_norm = any(name.removeprefix("model.") == "norm.weight" for name in names)
     norm_output = config.get("norm_output")
     if is_first:
-        return replace(wiring, has_final_norm=has_norm, is_feedback_normed=has_norm)
+        rows = "compressed" if "imadpt.q" in names else "direct" if is_msd(config, names) else "token"
+        return replace(wiring, has_final_norm=has_norm, is_feedback_normed=has_norm, image_rows=rows)
     if is_speculators or is_nemo:  # for which `norm_output` is about what the next level reads
         return replace(wiring, is_feedback_normed=bool(norm_output))
     return replace(wiring, has_final_norm=norm_output is not False)  # and for all others about the head
@@ -128,6 +136,14 @@ def read_wiring(config: Fields, names: set[str], num_target_layers: int) -> Wiri
 def is_first_generation(names: set[str]) -> bool:
     """Whether tensors are of EAGLE-1 or EAGLE-2: no norm of features beside that of embeddings."""
     return not any(name.endswith(".hidden_norm.weight") for name in names)
+
+
+def is_msd(config: Fields, names: set[str]) -> bool:
+    """MSD: EAGLE-2's weights with a trained embedding. Its layer has an input norm, or its config is that of a LLaVA."""
+    others = {"norm.weight", "layers.0.hidden_norm.weight", "imadpt.q"}
+    if "embed_tokens.weight" not in names or names & others:
+        return False
+    return "layers.0.input_layernorm.weight" in names or "mm_projector_type" in config
 
 
 def _feature_layers(config: Fields, num_layers: int) -> tuple[int, ...]:
@@ -212,9 +228,22 @@ def read_config(config: Fields, tensors: Tensors, wiring: Wiring, target: Fields
         has_head="lm_head.weight" in keys,
         mrope_section=wiring.mrope_section,
         is_mrope_interleaved=wiring.is_mrope_interleaved,
+        image_rows=wiring.image_rows,
+        num_image_queries=_num_image_queries(tensors),
+        has_image_bias="image_adaptor.k_proj.bias" in keys,
         draft_vocab_size=None if ids is None else len(ids),
         target=dict(target),
     )
+
+
+def _num_image_queries(tensors: Tensors) -> int:
+    """How many queries ViSpec's adaptor has; no field of a config says it."""
+    queries = tensors.get("image_adaptor.queries")
+    if queries is None:
+        return 0
+    if queries.ndim != 3:
+        raise ValueError(f"imadpt.q is of shape {tuple(queries.shape)}; it must be (queries, heads, head width)")
+    return len(queries)
 
 
 def _rope_parameters(config: Fields, wiring: Wiring) -> dict[str, Any]:

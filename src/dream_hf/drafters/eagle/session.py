@@ -15,6 +15,7 @@ from ..lazy_session import LazySession
 from ..levels import TargetHead
 from ..pending import PendingTokens
 from .modeling import EagleModel
+from .pictures import Pictures, compressed
 from .state import EagleLevels, EagleState
 
 
@@ -70,8 +71,58 @@ class EagleSession(LazySession):
         positions = positions.expand(*positions.shape[:-2], *order.shape)
         positions = positions.gather(-1, order.expand_as(positions))
         features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-        embeds = self.head.embed(tokens[:, -num_new:].gather(1, behind.clamp(min=0)))
-        self.state.read(embeds, features, positions, counts.tolist())
+        behind = behind.clamp(min=0)
+        embeds = self.head.embed(tokens[:, -num_new:].gather(1, behind))
+        if self.drafter.config.image_rows == "token":
+            self.state.read(embeds, features, positions, counts.tolist())
+        else:
+            embeds, is_image = _with_pictures(prefill, embeds, behind, counts)
+            self._read_with_pictures(embeds, features, positions, counts, is_image)
+
+    def _read_with_pictures(
+        self,
+        embeds: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        counts: torch.Tensor,
+        is_image: torch.Tensor,
+    ) -> None:
+        """Read rows with pictures merged, the first `counts` (B,) of each text, as `image_rows` says."""
+        drafter, state = self.drafter, self.state
+        if drafter.config.image_rows != "compressed":
+            pictures = Pictures(is_image.to(drafter.device)) if drafter.config.image_rows == "direct" else Pictures()
+            state.read(embeds, features, positions, counts.tolist(), pictures)
+            return
+        assert drafter.image_adaptor is not None  # its config was checked
+        embeds, is_image = embeds.to(drafter.device, drafter.dtype), is_image.to(drafter.device)
+        before = embeds.new_zeros(len(embeds), 1, embeds.shape[-1]) if state.context is None else state.context
+        rows = compressed(drafter.image_adaptor, embeds, is_image, before)
+        # What is left moves together; every row of text keeps its position.
+        places = torch.arange(embeds.shape[1], device=drafter.device)
+        order, num_kept = left_aligned(rows.is_kept & (places < counts.to(drafter.device)[:, None]))
+        order = order[:, : int(num_kept.max())]
+        wide = order[..., None].expand(-1, -1, embeds.shape[-1])
+        pictures = Pictures(is_image.gather(1, order), rows.context.gather(1, wide))
+        state.context = rows.context[:, -1:]  # of text to come
+        features, positions = features.gather(1, wide.to(features.device)), positions.to(order.device).gather(1, order)
+        state.read(rows.embeds.gather(1, wide), features, positions, num_kept.tolist(), pictures)
+
+
+def _with_pictures(
+    prefill: Prefill, embeds: torch.Tensor, behind: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings that rows read, (B, T, H), with pictures merged; True at image rows, (B, T).
+
+    `behind` (B, T) are the places of the tokens that rows read, among the last T of the prompt and the first new one.
+    """
+    assert prefill.embeds is not None  # the drafter needs them
+    num_new, device = behind.shape[1], embeds.device
+    behind = behind.to(device)
+    is_image = nn.functional.pad(prefill.is_visual.to(device), (0, 1))[:, -num_new:].gather(1, behind)
+    is_image &= torch.arange(num_new, device=device) < counts.to(device)[:, None]
+    merged = nn.functional.pad(prefill.embeds, (0, 0, 0, 1))[:, -num_new:].to(device, embeds.dtype)
+    merged = merged.gather(1, behind[..., None].expand_as(merged))
+    return torch.where(is_image[..., None], merged, embeds), is_image
 
 
 def head_for(drafter: EagleModel, prefill: Prefill) -> TargetHead:

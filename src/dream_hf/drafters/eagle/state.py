@@ -21,6 +21,7 @@ from ..levels import SlotLevel, TargetHead, first_level, next_level
 from ..masked_attention import MASK_ENTRIES, aligned_bias
 from ..visibility import Biased, FromStart, Visibility, bias_of
 from .modeling import EagleModel
+from .pictures import NO_PICTURES, Pictures
 
 
 class EagleState:
@@ -38,6 +39,7 @@ class EagleState:
         self.cache = slot_cache([self.slots] * len(drafter.layers))
         self.root_states: torch.Tensor | None = None  # (B, 1, H), what came out of the last verified row
         self.root_positions: torch.Tensor | None = None  # (B, 1)
+        self.context: torch.Tensor | None = None  # (B, 1, H), what text reads of the last picture
 
     def read(
         self,
@@ -45,6 +47,7 @@ class EagleState:
         features: torch.Tensor,  # (B, T, feature_size)
         positions: torch.Tensor,  # (B, T) or (3, B, T)
         counts: Sequence[int],
+        pictures: Pictures = NO_PICTURES,
     ) -> torch.Tensor:
         """Take in verified rows, the first `counts[b]` of row b of the batch; returns what came out, (B, T, H)."""
         device, dtype = self.drafter.device, self.drafter.dtype
@@ -53,9 +56,9 @@ class EagleState:
         with phase(DRAFTER), cpu_threads(None if is_prompt else self.draft_threads):
             states = self.drafter.fuse(features.to(device, dtype))
             if is_prompt:
-                hidden = self._forward(embeds, states, FromStart(), positions)
+                hidden = self._forward(embeds, states, FromStart(), positions, pictures)
             else:
-                hidden = self._read_behind(embeds, states, positions)
+                hidden = self._read_behind(embeds, states, positions, pictures)
         counts = Counts.of(counts)
         self.slots.commit(counts)
         last = counts.less(1).on(device)[:, None]
@@ -74,7 +77,7 @@ class EagleState:
         """Take in rows of text right behind the last one: embeds (B, T, H), features (B, T, feature_size)."""
         assert self.root_positions is not None  # something has been read
         steps = torch.arange(1, embeds.shape[1] + 1, device=self.drafter.device)
-        return self.read(embeds, features, self.root_positions + steps, counts)
+        return self.read(embeds, features, self.root_positions + steps, counts, Pictures(context=self.context))
 
     def beams(self, embeds: torch.Tensor, states: torch.Tensor, sees: torch.Tensor, depth: int) -> torch.Tensor:
         """Run one level's beams, tentatively: embeds and their parents' states (B, k, H) -> states (B, k, H).
@@ -83,7 +86,7 @@ class EagleState:
         """
         assert self.root_positions is not None  # something has been read
         positions = (self.root_positions + depth).expand(-1, embeds.shape[1])
-        hidden = self._forward(embeds, states, _biased(sees), positions)
+        hidden = self._forward(embeds, states, _biased(sees), positions, Pictures(context=self.context))
         self.slots.extend(embeds.shape[1])
         return hidden
 
@@ -94,7 +97,9 @@ class EagleState:
             for layer in layers:
                 layer.leave_inference_mode()
 
-    def _read_behind(self, embeds: torch.Tensor, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _read_behind(
+        self, embeds: torch.Tensor, states: torch.Tensor, positions: torch.Tensor, pictures: Pictures
+    ) -> torch.Tensor:
         """Read on, in chunks whose masks do not grow with the text: (B, T, H)."""
         num_rows, num_new = embeds.shape[:2]
         starts = self.slots.tensor(embeds.device)[:, None]
@@ -105,14 +110,20 @@ class EagleState:
             own = starts + torch.arange(part.start, part.stop, device=embeds.device)
             columns = torch.arange(self.slots.end + part.stop - part.start, device=embeds.device)
             seen = _biased(bias_of(columns <= own[..., None], embeds.dtype))
-            hidden.append(self._forward(embeds[:, part], states[:, part], seen, positions[..., part]))
+            read = embeds[:, part], states[:, part], seen, positions[..., part], pictures.part(part)
+            hidden.append(self._forward(*read))
             self.slots.extend(part.stop - part.start)  # until all is read
         return torch.cat(hidden, dim=1)
 
     def _forward(
-        self, embeds: torch.Tensor, states: torch.Tensor, seen: Visibility, positions: torch.Tensor
+        self,
+        embeds: torch.Tensor,
+        states: torch.Tensor,
+        seen: Visibility,
+        positions: torch.Tensor,
+        pictures: Pictures,
     ) -> torch.Tensor:
-        out = self.drafter(embeds, states, attention_mask=seen, position_ids=positions, past_key_values=self.cache)
+        out = self.drafter(embeds, states, seen, positions, self.cache, pictures)
         return out.last_hidden_state
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -95,8 +94,7 @@ class RespellingSession(DraftSession):
         self.forward.begin(prompt.cache, prompt.model_kwargs, None)
         self.padding = [self.forward.prompt_slots - len(text.ids) for text in self.texts]
         self.draftable = Draftable(model.text_config.vocab_size, tuple(model.visual_ids))
-        self.open = ExitStack()
-        self.open.enter_context(self.forward.using(prompt.cache, False))
+        self.forward.take_over(prompt.cache)
 
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         if max_depth == 0:
@@ -119,9 +117,6 @@ class RespellingSession(DraftSession):
     def read(self, verified: Verified) -> None:
         for written, tokens, count in zip(self.written, verified.tokens.tolist(), verified.counts, strict=True):
             written.extend(tokens[:count])
-
-    def close(self) -> None:
-        self.open.close()
 
     def _own_settings(self) -> DraftSettings:
         """Settings that count the target's tokens in tokens of the drafter's, by what they have needed for this text so far."""

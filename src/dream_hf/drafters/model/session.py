@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -36,7 +35,6 @@ class ModelSession(DraftSession):
         self, model: Target, prefill: Prefill, settings: DraftSettings, draftable: Draftable, use_pictures: bool
     ):
         self.model, self.settings, self.draftable, self.end_ids = model, settings, draftable, prefill.end_ids
-        self.is_suspended = False
         if not self._goes_on_from(prefill):
             self._begin(prefill, use_pictures)
 
@@ -51,8 +49,7 @@ class ModelSession(DraftSession):
         self.root_logits = prompt.logits
         self.forward = TargetForward(self.model, len(prefill.first_tokens), DecoderRecord(), self.settings.tree_size)
         self.forward.begin(prompt.cache, prompt.model_kwargs, None)
-        self.open = ExitStack()
-        self.open.enter_context(self.forward.using(prompt.cache, False))
+        self.forward.take_over(prompt.cache)
 
     def _goes_on_from(self, prefill: Prefill) -> bool:
         """Take over what an earlier turn has left, unless this one has pictures of its own."""
@@ -60,7 +57,7 @@ class ModelSession(DraftSession):
         if not isinstance(earlier, ModelSession) or earlier.model is not self.model or prefill.is_visual.any():
             return False
         self.pending, self.root_logits = earlier.pending, earlier.root_logits
-        self.forward, self.open = earlier.forward, earlier.open
+        self.forward = earlier.forward
         if not torch.is_inference_mode_enabled():
             for layer in self.forward.layers:
                 layer.leave_inference_mode()
@@ -82,12 +79,7 @@ class ModelSession(DraftSession):
         self._note(verified.tokens, verified.counts)
 
     def suspend(self) -> ModelSession:
-        self.is_suspended = True
         return self
-
-    def close(self) -> None:
-        if not self.is_suspended:
-            self.open.close()
 
     def _note(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
         """Take note of the first `counts[b]` tokens of each row; a model needs no features."""

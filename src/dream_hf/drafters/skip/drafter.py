@@ -31,7 +31,7 @@ DEFAULTS = DraftSettings(
 class LayerSkipDrafter(Drafter):
     """Drafts with the target's own weights and cache, leaving out attention and MLP of some layers. Needs no training.
 
-    What to leave out is given, or found while the drafter works: each draft tries one more set on the last tokens of the text
+    What to leave out is given, or found while the drafter works: each step tries one more set on the last tokens of the text
     that is being written, and the best is kept for all further calls. The target's forwards are not compiled.
 
     Args:

@@ -28,7 +28,11 @@ class SkipSession(DraftSession):
     """
 
     def __init__(self, choice: SublayerChoice, prefill: Prefill, settings: DraftSettings):
-        assert prefill.forward is not None  # the drafter needs it
+        if prefill.forward is None:
+            raise ValueError(
+                "`LayerSkipDrafter` drafts in the target's cache, which transformers' own assisted decoding keeps to itself. "
+                "Pass it to `generate(assistant_model=...)`."
+            )
         self.choice, self.settings, self.end_ids = choice, settings, prefill.end_ids
         self.forward: NodeForward = prefill.forward
         self.draftable = Draftable(prefill.target.text_config.vocab_size, tuple(prefill.target.visual_ids))
@@ -38,8 +42,6 @@ class SkipSession(DraftSession):
         self.roots = prefill.first_tokens
 
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
-        if not self.choice.search.is_over:
-            self._try_another()
         self.roots = root_tokens
         with leaving_out(self.choice.modules()):
             return grow_tree(self.levels(), root_tokens, self.settings, self.end_ids, max_depth)
@@ -52,6 +54,8 @@ class SkipSession(DraftSession):
         for row, tokens, count in zip(self.written, verified.tokens.tolist(), verified.counts, strict=True):
             row.extend(tokens[:count])
             del row[: -LONGEST - 1]
+        if not self.choice.search.is_over:  # whether or not drafting rests
+            self._try_another()
 
     def _read_root(self) -> torch.Tensor:
         device = self.roots.device

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from ..counts import Counts
 from ..phases import CACHE_WORK, phase
 from .paths import NodePaths
 
@@ -97,7 +98,6 @@ class StateLayer(LinearAttentionLayer):
     def keep(self, path: torch.Tensor, counts: torch.Tensor) -> None:
         """Move the state on by the first `counts` (B,) nodes of `path` (B, P)."""
         assert self.new_inputs is not None  # a tree has been verified
-        path, counts = path.to(self.inputs.device), counts.to(self.inputs.device)
         for part, record in self.records:
             part.copy_(record.after(part, path, counts))
         kernel_size = self.inputs.shape[2]
@@ -158,11 +158,14 @@ class TreeStates:
         """Layers of which it is not known what the tree's nodes do to their state."""
         return sum(not layer.is_complete for layer in self.layers)
 
-    def keep(self, path: torch.Tensor, counts: torch.Tensor) -> None:
-        """Let the states move on by the first `counts` (B,) nodes of `path` (B, P) of the tree."""
+    def keep(self, path: torch.Tensor | None, counts: Counts) -> None:
+        """Let the states move on by the first `counts` (B,) nodes of `path` (B, P) of the tree; or of a chain."""
+        if path is None:
+            path = torch.arange(max(counts)).expand(len(counts), -1)
         with phase(CACHE_WORK):
             for layer in self.layers:
-                layer.keep(path, counts)
+                device = layer.inputs.device
+                layer.keep(path.to(device), counts.on(device))
 
 
 @contextmanager
