@@ -18,7 +18,7 @@ CASES = [
 ]
 
 
-def check(target, inputs, drafts=("untrained", "tree", "chain", "fuzz")):
+def check(target, inputs, drafts=("untrained", "tree", "fuzz")):
     expected, states = plain_states(target, inputs)
     for name in drafts:
         assert_states_follow(
@@ -33,14 +33,14 @@ def test_every_family(family: Family, attention, batch):
 
 
 @pytest.mark.parametrize("images", [0, 2, [1, 0, 2]], ids=["none", "two", "mixed"])
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "lfm2_vl"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
 def test_any_number_of_pictures(name, images):
     target = family(name).make_target()
     check(target, family(name).make_inputs(target, 3, images=images), ["tree"])
 
 
 @pytest.mark.parametrize("length", [2, LONG])
-@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "nemotron_h", "jamba"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "nemotron_h"])
 def test_prompts_shorter_than_the_convolution_and_longer_than_a_chunk(name, length):
     target = family(name).make_target()
     for batch in (1, 3):

@@ -368,6 +368,7 @@ HYBRIDS: list[Family] = [
     Family("lfm2_vl", hybrid_configs.lfm2_vl, _shaped_patches),
     Family("lfm2", hybrid_configs.lfm2),
     Family("lfm2_moe", hybrid_configs.lfm2_moe),
+    *([Family("lfm3", hybrid_configs.lfm3)] if hasattr(transformers, "Lfm3Config") else []),
     Family("bamba", hybrid_configs.bamba),
     Family("falcon_h1", hybrid_configs.falcon_h1),
     Family("granite_hybrid", hybrid_configs.granite_hybrid),

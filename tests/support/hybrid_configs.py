@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
-from family_configs import IMAGE, MROPE, QWEN_IDS, QWEN_VISION, TEXT
+from family_configs import IMAGE, MROPE, QWEN_IDS, QWEN_VISION, TEXT, WINDOW
 from transformers import PreTrainedConfig
 
 MIXED = TEXT | dict(num_hidden_layers=4)
@@ -79,6 +79,14 @@ def lfm2() -> PreTrainedConfig:
 def lfm2_moe() -> PreTrainedConfig:
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1)
     return hf.Lfm2MoeConfig(**CONVOLVED | experts, tie_word_embeddings=False)
+
+
+def lfm3() -> PreTrainedConfig:
+    """A window, norms around both parts of a layer; since transformers 5.23."""
+    return hf.Lfm3Config(
+        **CONVOLVED | dict(sliding_window=WINDOW, tie_word_embeddings=False),
+        conv_L_cache=7,
+    )
 
 
 def bamba() -> PreTrainedConfig:
