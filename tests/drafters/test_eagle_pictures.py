@@ -55,11 +55,26 @@ def with_pictures(kind, target, num_pictures):
     return joined(kind.make_inputs(target), kind.make_inputs(target, seed=1))
 
 
+class WatchState(Watch):
+    """One whose last session is kept, too."""
+
+    def start(self, prefill, settings):
+        self.session = super().start(prefill, settings)
+        return self.session
+
+    def read(self):
+        """Keys and values of all rows that were read."""
+        state = self.session.state
+        return [
+            part[:, :, : state.slots.longest] for part in (state.cache.layers[0].keys, state.cache.layers[0].values)
+        ]
+
+
 @pytest.mark.parametrize("layout", [NAMED["vispec"], NAMED["msd"]], ids=repr)
 def test_a_second_picture_in_a_later_turn(layout, publish):
     """What was read of the first picture holds until the second comes (a LLaVA: Qwen's positions want all pictures anew)."""
     kind, target = family(layout.family), target_of(layout.family)
-    watch = Watch(drafter_for(layout, layout.family, publish))
+    watch = WatchState(drafter_for(layout, layout.family, publish))
     first, more = kind.make_inputs(target), kind.make_inputs(target, seed=1)
     answer = generate(target, first, max_new_tokens=20, assistant_model=watch)
     num_new = answer.sequences.shape[1] - first["input_ids"].shape[1]
@@ -69,10 +84,12 @@ def test_a_second_picture_in_a_later_turn(layout, publish):
     watch.trees.clear()
     later = {"input_ids": whole["input_ids"], "pixel_values": more["pixel_values"]}
     out = generate(target, later, max_new_tokens=20, assistant_model=watch, **{CACHE: cache_of(answer)})
-    anew = Watch(drafter_for(layout, layout.family, publish))
+    anew = WatchState(drafter_for(layout, layout.family, publish))
     assert_same_tokens(expected, generate(target, whole, max_new_tokens=20, assistant_model=anew))
     assert_same_tokens(expected, out)
-    assert torch.equal(watch.trees[0][1].tokens, anew.trees[0][1].tokens)  # it has read the whole text
+    assert torch.equal(watch.trees[0][1].tokens, anew.trees[0][1].tokens)
+    for ours, theirs in zip(watch.read(), anew.read(), strict=True):  # it has read the whole text
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("rows", ["token", "merged", "direct"])
