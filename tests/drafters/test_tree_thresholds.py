@@ -177,12 +177,9 @@ def test_accelerators_are_rarely_asked(grown, monkeypatch):
     def texts(tree) -> set[tuple[int, ...]]:
         return {tuple(tree.tokens[0, tree.ancestors[0, node]].tolist()) for node in range(tree.num_nodes)}
 
-    monkeypatch.undo()
     assert texts(on_host) < texts(far)
     monkeypatch.setattr(crossings, "reads_wait", lambda device: True)
-    assert (
-        grown(tree_min_level_probability=0.999, tree_min_node_probability=0.0)[0].max_depth == 4
-    )  # the fifth is looked at
+    assert grown(tree_min_level_probability=0.999, tree_min_node_probability=0.0)[0].max_depth == 4
 
 
 @pytest.mark.parametrize("name", ["tree_min_level_probability", "tree_min_node_probability"])
