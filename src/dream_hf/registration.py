@@ -103,9 +103,19 @@ def _checking(validate_generation_mode: Callable) -> Callable:
             generation_mode_kwargs["assistant_model"] = check_request(self, drafter, generation_config)
             # What follows asks an assistant for a config that drafters need not have.
             generation_mode_kwargs = {**generation_mode_kwargs, "assistant_model": None}
+            if self._is_stateful:  # transformers' own assisted decoding takes no such target
+                generation_mode = _unassisted(generation_mode, generation_config)
         return validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return check
+
+
+def _unassisted(generation_mode: Any, generation_config: Any) -> Any:
+    """The mode that a call would have without its assistant; others than assisted decoding stay what they are."""
+    modes = type(generation_mode)
+    if generation_mode != modes.ASSISTED_GENERATION:
+        return generation_mode
+    return modes.SAMPLE if generation_config.do_sample else modes.GREEDY_SEARCH
 
 
 def _keeping_inputs(prepare: Callable) -> Callable:

@@ -134,7 +134,7 @@ def test_the_old_tuple_of_keys_and_values_is_refused(target):
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=repr)
-def test_recurrent_targets(refused):
+def test_targets_whose_states_cannot_follow_trees(refused):
     target = refused.make_target()
     text = target.config.get_text_config()
     drafter = DreamDrafter(

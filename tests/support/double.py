@@ -45,6 +45,7 @@ def keeping_double() -> Iterator[None]:
     with (
         mock.patch.object(torch.Tensor, "float", _lifted(torch.Tensor.float, _float)),
         mock.patch.object(torch.Tensor, "to", _lifted(torch.Tensor.to, _cast)),
+        mock.patch.object(torch.Tensor, "type", _lifted(torch.Tensor.type, _cast)),
         mock.patch.object(nn.functional, "softmax", _lifted(nn.functional.softmax, _cast)),
         mock.patch.object(torch.Tensor, "__matmul__", _lifted(torch.Tensor.__matmul__, _mixed)),
         mock.patch.object(nn.functional, "grid_sample", _lifted(nn.functional.grid_sample, _mixed)),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import family_configs as configs
+import hybrid_configs
 import torch
 import transformers
 from double import doubled
@@ -90,6 +91,8 @@ class Family:
             torch.manual_seed(seed)
             built_in = torch.float32 if is_double else dtype  # random numbers of float64 would be others
             target = model_class._from_config(config, attn_implementation=choice, dtype=built_in)
+        if is_double and hasattr(target, "set_experts_implementation"):
+            target.set_experts_implementation("eager")  # the grouped product of others takes no float64
         _redraw_weights(target, torch.Generator().manual_seed(seed))
         _quieten_placeholders(target)
         target.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=None, pad_token_id=PAD)
@@ -355,15 +358,33 @@ INEXACT: list[Family] = [
     ),
 ]  # fmt: skip
 
+# Families whose layers keep a state.
+HYBRIDS: list[Family] = [
+    Family("qwen3_5", hybrid_configs.qwen3_5, draw_video=_grid_video(True), **GRID),
+    Family("qwen3_5_moe", hybrid_configs.qwen3_5_moe, **GRID),
+    Family("qwen3_next", hybrid_configs.qwen3_next),
+    Family("olmo_hybrid", hybrid_configs.olmo_hybrid),
+    Family("kimi_linear", hybrid_configs.kimi_linear),
+    Family("lfm2_vl", hybrid_configs.lfm2_vl, _shaped_patches),
+    Family("lfm2", hybrid_configs.lfm2),
+    Family("lfm2_moe", hybrid_configs.lfm2_moe),
+    Family("bamba", hybrid_configs.bamba),
+    Family("falcon_h1", hybrid_configs.falcon_h1),
+    Family("granite_hybrid", hybrid_configs.granite_hybrid),
+    Family("nemotron_h", hybrid_configs.nemotron_h),
+    Family("zamba2", hybrid_configs.zamba2),
+    Family("jamba", hybrid_configs.jamba),
+    Family("zamba", hybrid_configs.zamba),
+]
+
 REFUSED: list[Family] = [
-    Family("lfm2_vl", configs.lfm2_vl, _shaped_patches),
-    Family("qwen3_5", configs.qwen3_5, draw_video=_grid_video(True), **GRID),
+    Family("mamba2", hybrid_configs.mamba2),
 ]
 
 
 def family(name: str) -> Family:
     """Look a family up by name, in all three lists."""
-    families = {candidate.name: candidate for candidate in FAMILIES + INEXACT + REFUSED}
+    families = {candidate.name: candidate for candidate in FAMILIES + HYBRIDS + INEXACT + REFUSED}
     if name not in families:
         raise KeyError(f"no family {name!r}; there are {list(families)}")
     return families[name]

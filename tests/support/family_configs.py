@@ -231,28 +231,3 @@ def gemma2() -> PreTrainedConfig:
 def cohere() -> PreTrainedConfig:
     """Scaled logits."""
     return hf.CohereConfig(**TEXT, logit_scale=0.75)
-
-
-def lfm2_vl() -> PreTrainedConfig:
-    """Convolution layers keep a state that no tree can share."""
-    return hf.Lfm2VlConfig(
-        text_config=hf.Lfm2Config(**TEXT | dict(num_hidden_layers=4), layer_types=["conv", "full_attention"] * 2),
-        vision_config=hf.Siglip2VisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_patches=64, patch_size=4,
-            vision_use_head=False,
-        ),
-        image_token_id=IMAGE, projector_hidden_size=32, tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-def qwen3_5() -> PreTrainedConfig:
-    """Linear-attention layers keep a recurrent state that no tree can share."""
-    text = TEXT | dict(
-        num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2, linear_key_head_dim=8,
-        linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
-        rope_parameters=MROPE | dict(mrope_interleaved=True, partial_rotary_factor=1.0),
-    )  # fmt: skip
-    vision = dict(hidden_size=16, intermediate_size=32, out_hidden_size=32, num_position_embeddings=64)
-    return hf.Qwen3_5Config(
-        text_config=hf.Qwen3_5TextConfig(**text), vision_config=QWEN_VISION | vision, **QWEN_IDS
-    )  # fmt: skip

@@ -4,11 +4,11 @@ import families
 import pytest
 import torch
 from double import TIGHT
-from families import FAMILIES, INEXACT, REFUSED, Family, Inputs, Target
+from families import FAMILIES, HYBRIDS, INEXACT, Family, Inputs, Target
 from family_configs import IMAGE, PLACEHOLDERS, VIDEO
 from torch import Tensor
 
-EVERY = FAMILIES + INEXACT + REFUSED
+EVERY = FAMILIES + HYBRIDS + INEXACT
 each_family = pytest.mark.parametrize("family", EVERY, ids=repr)
 WITH_PICTURES = [family for family in EVERY if family.takes_images]
 ALTERNATING = [
@@ -36,7 +36,7 @@ def rows_alone(family: Family, target: Target, num_tokens: int = 8, **prompt) ->
     return together, torch.cat([new_tokens(target, row, num_tokens) for row in rows])
 
 
-@pytest.mark.parametrize("family", FAMILIES + REFUSED, ids=repr)
+@pytest.mark.parametrize("family", FAMILIES + HYBRIDS, ids=repr)
 def test_padded_rows_decode_as_alone(family):
     target = family.make_target()
     inputs = family.make_inputs(target, 3)

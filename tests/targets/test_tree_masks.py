@@ -29,7 +29,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from dream_hf.runtime import compilation as compiling
-from dream_hf.targets import tree_masks
+from dream_hf.targets import tree_masks, tree_proof
 from dream_hf.targets.attention_statistics import observe_attention
 from dream_hf.targets.target import Target
 from dream_hf.targets.tree_masks import (
@@ -487,9 +487,10 @@ def test_only_the_first_tree_forward_is_watched(monkeypatch):
     target = make_target("llama", "sdpa")
     calls = []
     monkeypatch.setattr(
-        tree_masks, "text_attentions", lambda decoder, own=tree_masks.text_attentions: calls.append(1) or own(decoder)
+        tree_proof,
+        "attending_modules",
+        lambda decoder, own=tree_proof.attending_modules: calls.append(1) or own(decoder),
     )
-    monkeypatch.setattr("dream_hf.targets.tree_proof.text_attentions", tree_masks.text_attentions)
     out = generate(target, make_inputs("llama", target), assistant_model=untrained(target, **SMALL_TREE))
     assert out.accepted_lengths.shape[1] > 4
     assert len(calls) <= 2  # over a tree, and over a root alone

@@ -199,9 +199,7 @@ class _Decoding:
         slots = self.forward.slots
         self.recorder.add_states(outputs, accepted.path, starts, accepted.counts, slots.lengths)
         self.recorder.add_step(accepted.counts, tree.num_nodes - 1, is_resting)
-        if max(accepted.counts) > 1:  # the root is where it belongs
-            self.forward.keep(accepted.path)
-        slots.commit(accepted.counts)
+        self.forward.commit(accepted.path, accepted.counts)
         self.roots = accepted.last_tokens(self.roots)
         self.session.read(self._verified(tree, accepted, features, logits))
 
@@ -221,7 +219,7 @@ class _Decoding:
         ids = sequences.at(max(sequences.lengths))
         self.forward(DraftTree.chain(ids.gather(1, unread.clamp(max=ids.shape[1] - 1))))
         self.forward.record.clear()
-        slots.commit(missing)
+        self.forward.commit(None, missing)
 
     def result(self) -> DreamGenerateOutput | torch.Tensor:
         """What `generate()` returns."""

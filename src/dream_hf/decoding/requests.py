@@ -15,6 +15,7 @@ from ..compat import CACHE
 from ..runtime.compilation import Settings as CompileSettings
 from ..runtime.compilation import chosen_settings, missing_compiler, uncompilable
 from ..runtime.kv_cache import unsupported_layer
+from ..targets.recurrence import keeps_state
 from ..targets.suitability import not_in_graphs, rereads, unsuitable
 from ..targets.target import Target, unwrap
 from ..targets.tree_masks import check_exchangeable
@@ -47,6 +48,11 @@ def check_request(model: PreTrainedModel, drafter: Any, generation_config: Gener
     check_exchangeable(target.decoder, target.text_config)
     _check_whole(model)
     _check_strategy(generation_config)
+    if drafter.needs.cache and keeps_state(target.text_config):
+        raise ValueError(
+            f"`{type(target.model).__name__}` keeps a state in some layers, and `{type(drafter).__name__}` drafts in the "
+            "target's own cache, where nothing but keys and values can be tried out. Use another drafter."
+        )
     settings = drafter.settings
     drafter.check(unwrap(model), settings)
     return CheckedDrafter(drafter, settings, model)
@@ -76,6 +82,11 @@ def check_length(model: PreTrainedModel, prompt_length: int, max_length: int | N
 
 def check_chains(model: PreTrainedModel) -> None:
     """Refuse a target whose tokens depend on those drafted behind them, in forwards that are not ours."""
+    if model._is_stateful:
+        raise ValueError(
+            f"`{type(model).__name__}` keeps a state that transformers' assisted decoding cannot take back. Use "
+            "`custom_generate=dream_generate`."
+        )
     if Target(model).length_dependent_rotaries:
         raise ValueError(
             f"The rotary angles of `{type(model).__name__}` depend on the text's length (`rope_type` dynamic or longrope), "

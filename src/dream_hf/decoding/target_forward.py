@@ -5,7 +5,7 @@ B rows, N nodes of a tree, P nodes of an accepted path, H width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,12 @@ from ..compat import CACHE
 from ..runtime import crossings
 from ..runtime.compilation import Settings as CompileSettings
 from ..runtime.compilation import compiled_function, run_model
+from ..runtime.counts import Counts
 from ..runtime.kv_cache import SlotLayer, capacity_for, into_slots, slot_layers
 from ..runtime.leases import give_back, take_lease
 from ..runtime.phases import CACHE_WORK, TARGET, phase
+from ..runtime.recurrent.layers import TreeStates, state_layers
+from ..runtime.recurrent.paths import NodePaths
 from ..runtime.slots import Slots
 from ..targets.target import PER_TOKEN, TOKEN_TYPES, DecoderRecord, Target
 from ..targets.tree_masks import TreeScope, tree_scope
@@ -46,6 +49,7 @@ class TargetForward:
     def __init__(self, target: Target, batch_size: int, record: DecoderRecord, tree_size: int):
         self.target, self.record, self.tree_size = target, record, tree_size
         self.slots = Slots([0] * batch_size)
+        self.states = TreeStates()
         self.proof = TreeProof(target.model, target.decoder, [m.q_proj for m in target.rescaled_attentions])
 
     def arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +89,8 @@ class TargetForward:
 
         If nobody keeps the cache, there may be nothing of use in it afterwards.
         """
-        with slot_layers(cache, self.slots) as self.layers:
+        originals = list(cache.layers)
+        with slot_layers(cache, self.slots) as self.layers, state_layers(cache, originals, self.states):
             yield
 
     def take_over(self, cache: Cache) -> None:
@@ -104,8 +109,11 @@ class TargetForward:
         with phase(TARGET):
             tree = self._pad(tree)
             lengths = self.slots.tensor(tree.tokens.device)
+            self.states.begin(NodePaths(tree.parents, tree.depths, tree.ancestors))
             with tree_scope(TreeScope(lengths, tree.depths, tree.ancestors)):
-                return self._run(self._inputs(tree.tokens, tree.depths, lengths), tree.num_nodes)
+                outputs = self._run(self._inputs(tree.tokens, tree.depths, lengths), tree.num_nodes)
+            self._check_states()
+            return outputs
 
     def draft(self, tokens: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor) -> Any:
         """The outputs for `tokens` (B, Q), the last of N nodes whose others stand in the tentative slots, where these go, too.
@@ -132,6 +140,15 @@ class TargetForward:
     def features(self, outputs: Any) -> torch.Tensor | None:
         """Features (B, N, layers * H) of the nodes in the last forward, whose outputs these are; None where none are wanted."""
         return self.record.take()[1]
+
+    def commit(self, path: torch.Tensor | None, counts: Sequence[int]) -> None:
+        """Let the verified text go on by the first `counts` (B,) nodes of `path` (B, P), from the root down; or of a chain."""
+        counts = Counts.of(counts)
+        if path is not None and max(counts) > 1:  # the root is where it belongs, and so is a chain
+            self.keep(path)
+        if self.states.layers and any(counts):
+            self.states.keep(path, counts)
+        self.slots.commit(counts)
 
     def keep(self, path: torch.Tensor) -> None:
         """Keep the nodes `path` (B, P) in the cache, and take the others back."""
@@ -168,6 +185,15 @@ class TargetForward:
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = self.target.own_positions(lengths[:, None] + depths[:, -num_new:])
         return inputs
+
+    def _check_states(self) -> None:
+        """Raise a RuntimeError where a layer with state was not seen to go down the tree."""
+        if self.states.missing:
+            raise RuntimeError(
+                f"{self.states.missing} layers with state of `{type(self.target.model).__name__}` were not seen to go down "
+                "the draft tree, so that its output would not be that of plain `generate()`. Generate without "
+                "`assistant_model`."
+            )
 
     def _pad(self, tree: DraftTree) -> DraftTree:
         """The tree that the forward runs over: `tree`, with nodes behind it that nobody looks at."""

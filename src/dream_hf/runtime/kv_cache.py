@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from .phases import CACHE_WORK, phase
 from .slots import Pointers, Slots
@@ -24,7 +31,14 @@ FIXED_SPARE_SLOTS = 256  # the same for fixed ones
 BUCKET = 256  # the smallest capacity of fixed buffers; there are two to every doubling, so that few shapes occur
 SHOWN_BY = 64  # compiled code on a CPU, which serves all sizes, sees a multiple of these slots
 # Layers a tree can be taken back from. Layers that only read other layers' keys have had a type since transformers 5.23.
-SUPPORTED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
+SUPPORTED_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    getattr(cache_utils, "DummyLayer", DynamicLayer),
+)
 
 
 class SlotLayer(DynamicLayer):
@@ -265,7 +279,7 @@ def into_slots(cache: Cache, slots: Slots, room: int = 0) -> dict[int, SlotLayer
     adopted: dict[int, SlotLayer] = {}
     originals: list[Any] = list(cache.layers)
     for index, layer in enumerate(originals):
-        if layer.keys is not None:
+        if getattr(layer, "keys", None) is not None:
             window = getattr(layer, "sliding_window", None)
             adopted[index] = cache.layers[index] = SlotLayer(slots, window, str(index))
             _adopt(adopted[index], layer, room)

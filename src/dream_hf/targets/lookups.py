@@ -11,17 +11,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 
 class ScopedWrap:
-    """An attribute of a class, wrapped while at least one scope is open."""
+    """An attribute of a class or a module, wrapped while at least one scope is open."""
 
-    def __init__(self, owner: type, name: str, wrap: Callable[[Any], Any]):
+    def __init__(self, owner: type | ModuleType, name: str, wrap: Callable[[Any], Any]):
         self.owner, self.name, self.wrap = owner, name, wrap
         self.lock = threading.Lock()
         self.num_users = 0
-        self.own: Any = None  # what the class itself has, if it does not inherit it
+        self.own: Any = None  # what the owner itself has, if it does not inherit it
         self.wrapped: tuple[Any, Any] = (
             None,
             None,

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
 from ..runtime.kv_cache import unsupported_layer
+from .recurrence import keeps_state, unsuitable_states
 from .rotary import is_length_dependent
 from .target import Target, text_decoder, unwrap
 from .tree_masks import takes_tree_masks
@@ -29,7 +30,7 @@ REMEDY = "Use another target, or generate without `assistant_model`."
 
 def unsuitable(model: PreTrainedModel) -> str | None:
     """Why trees cannot be verified on a model, and what to do about it, or None."""
-    checks = (_other_kind, _placed_by_slot, _adapter, _without_cache, _compiled, _odd_width)
+    checks = (_other_kind, _states, _placed_by_slot, _adapter, _without_cache, _compiled, _odd_width)
     return next((reason for check in checks if (reason := check(model)) is not None), None)
 
 
@@ -58,8 +59,13 @@ def not_in_graphs(target: Target) -> str | None:
     name, implementation = type(target.model).__name__, target.text_config._attn_implementation
     if target.rescaled_attentions:
         return f"`{name}` scales queries by cache slot, which needs hooks in a tree"
-    if target.length_dependent_rotaries:
-        return f"`{name}` has rotary angles that depend on the text's length, which needs hooks"
+    if keeps_state(target.text_config) or target.length_dependent_rotaries:
+        part = (
+            "layers with state"
+            if keeps_state(target.text_config)
+            else "rotary angles that depend on the text's length"
+        )
+        return f"`{name}` has {part}, which needs hooks"
     if target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
         return f"`{name}` cannot take masks that are made beforehand for several kinds of layers"
     if implementation == "flex_attention":
@@ -78,12 +84,8 @@ def _other_kind(model: PreTrainedModel) -> str | None:
     if model.config.is_encoder_decoder:
         return f"`{name}` is an encoder-decoder model; drafters need a decoder-only target."
     layer = unsupported_layer(DynamicCache(config=text_config))
-    if layer is not None or model._is_stateful:
-        return (
-            f"`{name}` keeps recurrent or convolutional state in some layers ({layer or 'stateful'}), which "
-            "cannot be rolled back to an accepted path. Use a target whose layers are attention only, or generate without "
-            "`assistant_model`."
-        )
+    if layer is not None:
+        return f"`{name}` keeps a cache layer of a kind that trees cannot be taken back from ({layer}). {REMEDY}"
     if getattr(text_config, "is_decoder", None) is False and not all(
         getattr(module, "is_causal", True) for module in unwrap(model).modules()
     ):
@@ -96,6 +98,20 @@ def _other_kind(model: PreTrainedModel) -> str | None:
     if text_config.model_type in WITHOUT_PLACEHOLDERS:
         return f"`{name}` puts its pictures in front of the prompt, where `input_ids` has no token for them. {REMEDY}"
     return None
+
+
+def _states(model: PreTrainedModel) -> str | None:
+    """Recurrences and convolutions that nodes cannot take from their parents."""
+    text_config = model.config.get_text_config(decoder=True)
+    reason = unsuitable_states(text_decoder(unwrap(model)), text_config)
+    if reason is None and model._is_stateful and not keeps_state(text_config):
+        reason = "it is not in the cache"
+    if reason is None:
+        return None
+    return (
+        f"`{type(model).__name__}` keeps recurrent or convolutional state, which cannot follow the paths of a tree: {reason}. "
+        f"{REMEDY}"
+    )
 
 
 def _placed_by_slot(model: PreTrainedModel) -> str | None:

@@ -19,6 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention_statistics import ArgumentRecord, note_arguments
+from .recurrence import state_mixers, trees_of_states
 from .reduced_head import reduced_head
 from .rotary import is_length_dependent, plain_angles
 from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_masks_available
@@ -26,6 +27,7 @@ from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_ma
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 PER_TOKEN = ("input_ids", "position_ids", *TOKEN_TYPES)  # arguments with an entry for every token
 
+ATTENTIONS = ("self_attn", "mixer")  # as families call it
 VISUAL_TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 # Families that drop `position_ids` in decoding and then take a token's cache slot for its position, padding included.
@@ -106,8 +108,10 @@ class Target:
 
     @property
     def last_attention(self) -> nn.Module:
-        """The attention module of the last decoder layer."""
-        return self.decoder.layers[-1].self_attn
+        """The attention module of the last decoder layer that attends."""
+        mixers = state_mixers(self.decoder)
+        modules = (getattr(layer, name, None) for layer in reversed(self.decoder.layers) for name in ATTENTIONS)
+        return next(module for module in modules if module is not None and module not in mixers)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., H) of text tokens, as they enter the decoder."""
@@ -219,6 +223,7 @@ class Target:
             with (
                 tree_masks_available(self.decoder, self.text_config, self.noted),
                 plain_angles(self.length_dependent_rotaries),
+                trees_of_states(self.decoder),
             ):
                 yield
         finally:

@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
-from .tree_masks import TreeMask, current_tree, layer_index, text_attentions, tree_masks, visible
+from .recurrence import attending_modules, state_mixers
+from .tree_masks import TreeMask, current_tree, layer_index, tree_masks, visible
 
 
 class TreeProof:
@@ -50,9 +51,10 @@ class TreeProof:
         if not self.is_missing(num_nodes):
             yield
             return
-        witness = _Witness()
+        mixers = state_mixers(self.decoder)
+        witness = _Witness(mixers)
         with ExitStack() as stack:
-            for module in text_attentions(self.decoder):
+            for module in attending_modules(self.decoder):
                 stack.callback(module.register_forward_pre_hook(witness.see_attention, with_kwargs=True).remove)
             for module in self.must_run:
                 stack.callback(module.register_forward_hook(witness.see_run).remove)
@@ -85,11 +87,13 @@ def are_tree_masks(masks: Any) -> bool:
 class _Witness:
     """Sees one tree forward of this thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, mixers: Sequence[nn.Module] = ()) -> None:
         self.scope = current_tree()
         self.num_caches = 0
         self.written: set[int] = set()  # cache layers that hold keys
+        self.mixers = mixers
         self.has_mask: dict[nn.Module, bool] = {}
+        self.layers: dict[nn.Module, set[int]] = {}  # which layers of the cache a module wrote to
         self.has_run: set[nn.Module] = set()
         self.wanted: list[tuple[Any, torch.Tensor | None]] = []  # masks built so far, and None for wrong ones
 
@@ -102,6 +106,9 @@ class _Witness:
         self.written |= {i for i, layer in enumerate(caches[0].layers) if getattr(layer, "keys", None) is not None}
         has_mask = any(self.is_tree_mask(value) for value in given)
         self.has_mask[module] = has_mask and self.has_mask.get(module, True)
+        index = kwargs.get("layer_idx", layer_index(module))  # one module may attend in several layers
+        if index is not None:
+            self.layers.setdefault(module, set()).add(index)
 
     def see_run(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After any other module."""
@@ -120,9 +127,10 @@ class _Witness:
 
     def fault(self, not_run: list[nn.Module]) -> str | None:
         """What has not been proven."""
-        inner = [m for m in self.has_mask if not any(part in self.has_mask for part in m.modules() if part is not m)]
-        bare = {index for module in inner if not self.has_mask[module] and (index := layer_index(module)) is not None}
-        bare |= self.written - {layer_index(module) for module in inner}
+        known = {*self.has_mask, *self.mixers}  # layers with state do without a mask; see `recurrence`
+        inner = [m for m in self.has_mask if not any(part in known for part in m.modules() if part is not m)]
+        bare = {index for module in inner if not self.has_mask[module] for index in self.layers.get(module, ())}
+        bare |= self.written - {index for module in inner for index in self.layers.get(module, ())}
         if not inner:
             return "none of its layers was seen to attend"
         if any(wanted is None for _, wanted in self.wanted):

@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ...decoding.drafter import Drafter, DraftSession, Needs, Prefill
 from ...decoding.settings import DraftSettings
 from ...targets.pictures import other_pictures
+from ...targets.recurrence import keeps_state
 from ...targets.suitability import unsuitable
 from ...targets.target import Target
 from ..tentative import Draftable
@@ -47,6 +48,8 @@ class ModelDrafter(Drafter):
         settings: DraftSettings | None = None,
     ):
         reason = unsuitable(model)
+        if reason is None and keeps_state(model.config.get_text_config(decoder=True)):
+            reason = f"`{type(model).__name__}` keeps a state in some layers, which a draft would change. Use another model."
         if reason is not None:
             raise ValueError(f"`model` cannot draft: {reason}")
         if (tokenizer is None) != (target_tokenizer is None):
