@@ -15,7 +15,7 @@ from processors import make_image, train_tokenizer
 from tiny_pair import picture_row, save_pair, tiny_target
 from transformers import TrainingArguments
 
-from dream_hf import CombinedDrafter, DreamDrafter
+from dream_hf import CombinedDrafter, DreamConfig, DreamDrafter
 from dream_hf.cli import main
 from dream_hf.cli.main import COMMANDS
 from dream_hf.cli.train_parser import TrainParser
@@ -90,7 +90,7 @@ def make_options():
 def test_unknown_and_shortened_options_are_refused_in_one_line_with_the_commands_own_help(command, capsys):
     needed = {
         "generate": ["--target", "x", "--prompt", "x"], "bench": ["--target", "x"], "convert": ["a", "b"],
-        "push": ["a", "b"], "attach": ["a", "b", "c"], "serve": ["--target", "x", "--drafter", "x"],
+        "push": ["a", "b"], "attach": ["a", "b", "c"], "info": ["a"], "serve": ["--target", "x", "--drafter", "x"],
         "regenerate": ["--target", "x", "--rows", "x", "--output", "x"],
         "train": ["--target", "x", "--train_dataset", "x", "--output_dir", "x"],
     }.get(command, [])  # fmt: skip
@@ -397,3 +397,23 @@ def test_train_refuses(recipe, tmp_path, capsys):
     flags = ["--target", "x", "--train_dataset", "y", "--output_dir", str(tmp_path / "out")]
     assert "`use_lora` (True)" in refusal(capsys, "train", *flags, "--use_lora")
     assert "is no JSON" in refusal(capsys, "train", *flags, "--drafter_config", "{")
+
+
+def test_info_tells_what_a_drafter_is(folders, capsys, tmp_path):
+    target, drafter = map(str, folders)
+    assert main(["info", drafter, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    config = DreamConfig.from_pretrained(drafter)
+    assert alone["kind"] == "DreamDrafter" and alone["settings"]["tree_depth"] == config.tree_depth
+    assert alone["weights"] == sum(weight.numel() for weight in DreamDrafter.from_pretrained(drafter).parameters())
+    assert main(["info", drafter, "--target", target, "--json"]) == 0
+    together = json.loads(capsys.readouterr().out)
+    assert together["fits"] == "yes" and together["weights_read_in_plain_steps"] > 1
+    assert {name: together[name] for name in ("kind", "weights", "settings")} == {
+        name: alone[name] for name in ("kind", "weights", "settings")
+    }
+    assert main(["info", drafter, "--target", "demo"]) == 0
+    assert "fits" in (shown := capsys.readouterr().out) and "no: " in shown
+    assert main(["info", "retrieval", "--target", target]) == 0 and "RetrievalDrafter" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "name its target with --target" in refusal(capsys, "info", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from eagle_reference import LAYOUTS
 from families import family
@@ -14,11 +15,12 @@ import dream_hf
 KEEPS_DOUBLE = False  # compiled code cannot look at callers
 
 
-def test_a_compiled_target_hands_over_the_same_features(tmp_path):
-    target = family("llama").make_target(dtype=torch.float32)
-    folder = next(layout for layout in LAYOUTS if layout.name == "eagle3").publish(tmp_path)
+@pytest.mark.parametrize(("name", "layout"), [("llama", "eagle3"), ("llava_clip_llama", "vispec")])
+def test_a_compiled_target_hands_over_the_same_features(name, layout, tmp_path):
+    target = family(name).make_target(dtype=torch.float32)
+    folder = next(each for each in LAYOUTS if each.name == layout).publish(tmp_path)
     watches = [Watch(dream_hf.load_drafter(folder, target).with_settings(**WIDE)) for _ in range(2)]
-    inputs = family("llama").make_inputs(target)
+    inputs = family(name).make_inputs(target)
     compilation = CompileConfig(backend="eager", mode=None)
     plain, compiled = (
         generate(target, inputs, max_new_tokens=8, assistant_model=watch, **more)
