@@ -22,7 +22,7 @@ from engine_counts import count_row, describe_counts
 from engine_floor import measure_bandwidth
 from engine_report import NOTE, Results, describe, describe_source, table
 from engine_rows import WAYS, Settings, attempt, measure_row, parse_tree, release_memory
-from engine_shapes import NARROW, SHAPES, TINY, Shape, make_drafter, make_target
+from engine_shapes import NARROW, SHAPES, TINY, TINY_RECURRENT, Shape, make_drafter, make_target
 from tqdm.auto import tqdm
 
 from dream_hf.regeneration.journal import write_whole
@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> Results | dict[str, Any]:
         return count(options, settings, dtype, device)
     bandwidth = measure_bandwidth(device)
     results = Results(describe(device, dtype, settings, bandwidth), options.output)
-    shapes = [TINY] if options.tiny else [SHAPES[name] for name in options.shapes]
+    shapes = (
+        [TINY, TINY_RECURRENT][: 1 + options.recurrent] if options.tiny else [SHAPES[name] for name in options.shapes]
+    )
     keys = [(prompt, batch) for prompt in options.prompts for batch in options.batches]
     print(NOTE)
     with tqdm(total=len(shapes) * len(keys), unit="row") as progress:
@@ -122,6 +124,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", action="store_true",
                         help="count launches, graphs, reads and copies of a step instead of timing it")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="one tiny shape instead, to see whether the script runs")
+    parser.add_argument("--recurrent", action="store_true", help="with --tiny: one whose layers keep a state, too")
     parser.add_argument("--output", type=Path, help="JSON file, written after every row")
     return parser.parse_args(arguments)
 

@@ -105,11 +105,37 @@ def qwen2_5_vl_7b() -> PreTrainedConfig:
     return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids, vision_end_token_id=151653)
 
 
+def qwen3_5(width: int, num_layers: int, vocab_size: int, every: int = 4, **text: Any) -> PreTrainedConfig:
+    """Gated delta rules, and attention in each `every`-th layer (1: in all); heads as in transformers' default, 9B."""
+    kinds = ["linear_attention"] * (every - 1) + ["full_attention"]
+    heads = {
+        "num_attention_heads": width // 256,
+        "num_key_value_heads": width // 1024 or 1,
+        "head_dim": min(width, 256),
+    }
+    linear = {"linear_num_key_heads": width // 256 or 1, "linear_num_value_heads": width // 128 or 1}
+    config = hf.Qwen3_5TextConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=num_layers,
+        layer_types=kinds * (num_layers // every),
+        vocab_size=vocab_size,
+        **heads | linear | text,
+    )
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 1, "out_hidden_size": width}
+    ids = {"image_token_id": vocab_size - 1, "video_token_id": vocab_size - 2, "vision_start_token_id": vocab_size - 3}
+    return hf.Qwen3_5Config(text_config=config, vision_config=vision, **ids, vision_end_token_id=vocab_size - 4)
+
+
+TINY_HEADS = {"num_attention_heads": 2, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
 TINY = Shape("tiny", hf.LlavaNextForConditionalGeneration, lambda: llava_next(64, 128, 3, 2, vocab_size=512))
 NARROW = Shape(  # as deep as a 7B target, for what does not depend on widths
     "llava-1.6-7b, narrow",
     hf.LlavaNextForConditionalGeneration,
     lambda: llava_next(256, 512, 32, 32, vocab_size=512),
+)
+TINY_RECURRENT = Shape(
+    "tiny, recurrent", hf.Qwen3_5ForConditionalGeneration, lambda: qwen3_5(64, 4, 512, 2, **TINY_HEADS)
 )
 SHAPES = {
     shape.name: shape
@@ -119,6 +145,8 @@ SHAPES = {
         Shape("smolvlm-2b", hf.SmolVLMForConditionalGeneration, smolvlm_2b),
         Shape("gemma3-12b", hf.Gemma3ForConditionalGeneration, gemma3_12b),
         Shape("qwen2.5-vl-7b", hf.Qwen2_5_VLForConditionalGeneration, qwen2_5_vl_7b),
+        Shape("qwen3.5-9b", hf.Qwen3_5ForConditionalGeneration, lambda: qwen3_5(4096, 32, 248320)),
+        Shape("qwen3.5-9b, attention only", hf.Qwen3_5ForConditionalGeneration, lambda: qwen3_5(4096, 32, 248320, 1)),
     )
 }
 

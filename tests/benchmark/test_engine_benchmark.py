@@ -26,6 +26,7 @@ import engine_floor
 import engine_rows
 import engine_ways
 import prompt_memory
+import recurrent_step
 import tree_attention
 from engine_planting import accept_probability, make_plan, plant
 from engine_shapes import SHAPES, TINY, make_drafter, make_prompt, make_target
@@ -202,6 +203,24 @@ def test_rows_are_written_and_a_stopped_run_goes_on(small_copies, tmp_path, monk
     assert measured == [2] and second["rows"][0] == row and second["provenance"] == first["provenance"]
     with pytest.raises(ValueError, match=r"engine.json.*`settings`"):
         engine.main([*TINY_RUN, "--batches", "1", "--repeats", "2", "--output", str(output)])
+
+
+def test_a_target_with_state_has_a_row_of_its_own(small_copies):
+    results = engine.main([*TINY_RUN, "--recurrent", "--batches", "1", "--dtype", "float32"])
+    assert [row["shape"] for row in results.rows] == ["tiny", "tiny, recurrent"]
+    entries = results.rows[1]["dream"]["at_tau"].values()
+    assert all(entry["is_as_planned"] and entry["is_plain_text"] for entry in entries)
+
+
+def test_steps_on_targets_with_state():
+    small = ["--width", "256", "--layers", "2", "--repeats", "1", "--nodes", "17", "--device", "cpu"]
+    rows = recurrent_step.main(small)
+    assert [row["kind"] for row in rows] == list(recurrent_step.KINDS)
+    assert all(row["ratio"] > 0 for row in rows)
+    noted = {row["kind"]: row["kilobytes"] for row in rows}
+    # The convolution's inputs; with the delta rule 2 heads of keys, 4 of values and decays.
+    assert noted["convolution"] == 256 * 4 / 1e3 and noted["attention"] == 0
+    assert noted["delta"] == pytest.approx((8 * 128 + 2 * 128 + 4 * 128 + 4) * 4 / 1e3)
 
 
 def test_a_row_without_memory_is_reported_and_the_run_goes_on(small_copies, monkeypatch, capsys):

@@ -111,6 +111,21 @@ class Recorder(BaseStreamer):
 
 
 @some_families
+def test_outputs(name):
+    """Attentions are those of layers that attend; hidden states are of all."""
+    each = family(name)
+    target = each.make_target(attn_implementation="eager")
+    inputs, wanted = each.make_inputs(target, 3), {"output_attentions": True, "output_hidden_states": True}
+    expected = generate(target, inputs, **wanted, max_new_tokens=12)
+    drafter = make_drafter("tree", target, inputs, generate(target, inputs).sequences, {})
+    out = generate(target, inputs, assistant_model=drafter, **wanted, max_new_tokens=12)
+    for kind in ("attentions", "hidden_states"):
+        for ours, theirs in zip(getattr(out, kind), getattr(expected, kind), strict=True):
+            for part, plain in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(part, plain, **TIGHT)
+
+
+@some_families
 def test_streams(name):
     each, target = made(name)
     inputs, streams = each.make_inputs(target), [Recorder(), Recorder()]

@@ -84,7 +84,9 @@ def lfm2_moe() -> PreTrainedConfig:
 def lfm3() -> PreTrainedConfig:
     """A window, norms around both parts of a layer; since transformers 5.23."""
     return hf.Lfm3Config(
-        **CONVOLVED | dict(sliding_window=WINDOW, tie_word_embeddings=False),
+        **CONVOLVED | dict(layer_types=["conv", "sliding_attention", "full_attention", "conv"]),
+        sliding_window=WINDOW,
+        tie_word_embeddings=False,
         conv_L_cache=7,
     )
 

@@ -26,6 +26,7 @@ from .lookups import ScopedWrap
 from .tree_masks import layer_index, text_attentions
 
 CONVOLUTION = "causal_conv1d_fn"
+STATE_KINDS = ("linear_attention", "conv")  # of layers that attend to nothing
 STATELESS_KINDS = ("mlp", "moe")  # in transformers 5.20 their layers look like layers with state, and are never used
 
 

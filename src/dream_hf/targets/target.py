@@ -19,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention_statistics import ArgumentRecord, note_arguments
-from .recurrence import state_mixers, trees_of_states
+from .recurrence import STATE_KINDS, STATELESS_KINDS, state_mixers, trees_of_states
 from .reduced_head import reduced_head
 from .rotary import is_length_dependent, plain_angles
 from .tree_masks import current_tree, takes_tree_masks, text_attentions, tree_masks_available
@@ -385,10 +385,11 @@ def text_decoder(model: Any) -> nn.Module:
 
 
 def sliding_windows(text_config: PreTrainedConfig) -> list[int | None]:
-    """How many tokens each decoder layer looks back, itself included; None for all."""
+    """How many tokens each decoder layer that attends looks back, itself included; None for all."""
     types = getattr(text_config, "layer_types", None)
     window = getattr(text_config, "sliding_window", None)
     chunk = getattr(text_config, "attention_chunk_size", None)
     if types is None:
         return [window or chunk] * text_config.num_hidden_layers
-    return [window if "sliding" in kind else chunk if "chunked" in kind else None for kind in types]
+    attending = (kind for kind in types if kind not in (*STATE_KINDS, *STATELESS_KINDS))
+    return [window if "sliding" in kind else chunk if "chunked" in kind else None for kind in attending]
