@@ -20,7 +20,8 @@ from dream_hf.compat import CACHE, cache_of
 from dream_hf.decoding.drafter import DrafterAround
 from dream_hf.decoding.settings import DraftSettings
 from dream_hf.decoding.tree import DraftTree
-from dream_hf.drafters.opinions import Opinion, Panel, opinions_of
+from dream_hf.drafters import combined
+from dream_hf.drafters.opinions import Opinion, Panel, agreed_nodes, opinions_of
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_size": 8}
 SMALL = DraftSettings(tree_depth=4, tree_top_k=3, tree_size=12)
@@ -144,20 +145,45 @@ def test_who_gains_too_little_pauses_and_the_others_go_on(monkeypatch):
     assert CombinedDrafter([retrieval, poor]).settings.pause_below == 0
 
 
+def test_plain_steps_say_nothing_about_drafters(monkeypatch):
+    """Where the whole team pauses, nobody is judged by what was drafted before."""
+    noted, drafts = [], []
+
+    class Noting(combined.DraftSchedule):
+        def note(self, gained):
+            noted.extend([gained] if len(gained) else [])
+            super().note(gained)
+
+    class Counting(FuzzDrafter):
+        def start(self, prefill, settings):
+            session = super().start(prefill, settings)
+            own = session.draft
+            session.draft = lambda *args: drafts.append(1) or own(*args)
+            return session
+
+    monkeypatch.setattr(combined, "DraftSchedule", Noting)
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target)
+    team = CombinedDrafter([Counting(range(3, 90), seed=1)], SMALL.changed(pause_below=4.0))
+    out = generate(target, inputs, assistant_model=team)
+    assert (out.drafted_lengths == 0).any()  # there were pauses
+    assert len(noted) == len(drafts) > 2
+
+
 def test_the_trusted_count_and_others_share_the_rest():
     panel = Panel(2)
     first, second = chain((5, 0.5), (7, 0.9)), chain((5, 0.8), (6, 0.9))
     second.shares[9], second.after[9] = 0.2, Opinion()
     wide = DraftSettings(tree_depth=4, tree_top_k=4, tree_size=10)
-    nodes = panel.draft({0: first, 1: second}, wide, 4, frozenset())
+    nodes = agreed_nodes([first, second], wide, 4, frozenset())
     found = dict(zip(zip(nodes.depths, nodes.tokens, strict=True), nodes.probabilities, strict=True))
     expected = {(1, 5): 0.5, (1, 9): 0.5 * 0.2, (2, 7): 0.5 * 0.9, (2, 6): 0.5 * 0.1 * 0.9}
     assert found.keys() == expected.keys()
     assert all(math.isclose(found[key], expected[key]) for key in found)
-    small = panel.draft({0: first, 1: second}, wide.changed(tree_size=2), 4, frozenset())
+    small = agreed_nodes([first, second], wide.changed(tree_size=2), 4, frozenset())
     assert small.tokens == [5, 7]
     before = list(panel.trust)
-    panel.judge([9, 9])  # the second has named it, with a small share; the first has not
+    panel.judge({0: first, 1: second}, [9, 9])  # the second has named it, with a small share; the first has not
     assert panel.trust[1] - panel.trust[0] > (before[1] - before[0]) * 0.9
     assert math.isclose(first.room(4, frozenset()), 0.5) and math.isclose(first.room(2, frozenset()), 0.5)
     assert math.isclose(chain((5, 0.9), (7, 0.9)).room(4, frozenset([7])), 0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..decoding.settings import DraftSettings
 from ..decoding.tree import DraftTree
 from ..runtime.phases import GROWTH, phase
 from .best_first import tree_of
-from .opinions import Opinion, Panel, opinions_of, reach
+from .opinions import Opinion, Panel, agreed_nodes, opinions_of, reach
 
 WORTH_ASKING = 2.0  # times the least probability of a node: what must be left for others
 
@@ -66,7 +66,7 @@ class CombinedDrafter(Drafter):
         return CombinedSession(self, prefill, settings)
 
 
-_FLAGS = ("embeds", "attention", "positions", "inputs", "cache")
+_FLAGS = [each.name for each in fields(Needs) if each.type == "bool"]
 
 
 @dataclass(frozen=True)
@@ -115,27 +115,30 @@ class CombinedSession(DraftSession):
             return tree
         with phase(GROWTH):
             rows = [
-                panel.draft({place: rows[row] for place, rows in asked.items()}, self.budget, depth, self.end_ids)
-                for row, panel in enumerate(self.panels)
+                agreed_nodes(opinions, self.budget, depth, self.end_ids)
+                for opinions in zip(*asked.values(), strict=True)
             ]
             return tree_of(root_tokens, rows)
 
     def read(self, verified: Verified) -> None:
-        gained = [tokens[:count] for tokens, count in zip(verified.tokens.tolist(), verified.counts, strict=True)]
-        for panel, tokens in zip(self.panels, gained, strict=True):
-            panel.judge(tokens)
-        for place, schedule in enumerate(self.schedules):
-            alone = [  # what it would have gained
-                min(reach(opinion, tokens) + 1, len(tokens))
-                for opinion, tokens in zip(self.asked.get(place, ()), gained, strict=False)
-                if tokens
-            ]
-            if alone or schedule.is_paused:
-                schedule.note(alone)
+        self._judge([tokens[:count] for tokens, count in zip(verified.tokens.tolist(), verified.counts, strict=True)])
         for needs, session in zip(self.needs, self.sessions, strict=True):
             likeliest = None if verified.likeliest is None else verified.likeliest[..., : needs.num_likeliest]
             features = self._part(verified.features, needs)
             session.read(replace(verified, features=features, likeliest=likeliest))
+
+    def _judge(self, gained: list[list[int]]) -> None:
+        """Take note of how right those were who were asked, of what was gained in each row."""
+        asked, self.asked = self.asked, {}
+        for row, (panel, tokens) in enumerate(zip(self.panels, gained, strict=True)):
+            panel.judge({place: opinions[row] for place, opinions in asked.items()}, tokens)
+        for place, schedule in enumerate(self.schedules):
+            if place in asked:
+                rows = [(opinion, tokens) for opinion, tokens in zip(asked[place], gained, strict=True) if tokens]
+                if rows:  # what it would have gained alone
+                    schedule.note([min(reach(opinion, tokens) + 1, len(tokens)) for opinion, tokens in rows])
+            elif schedule.is_paused:
+                schedule.note(())
 
     def suspend(self) -> Paused | None:
         sessions = [session.suspend() for session in self.sessions]

@@ -75,11 +75,7 @@ def opinions_of(tree: DraftTree) -> list[Opinion]:
 
 
 class Panel:
-    """The opinions on one row's text, and how far each drafter is trusted there.
-
-    The probabilities of the most trusted drafter count as they are; the next one shares what that has left, and so on. Where a
-    drafter says nothing the next one has it all. Trust is how probable a drafter found what the target then wrote, the
-    latest tokens above all.
+    """How far each drafter is trusted in one row's text: how probable it found what the target wrote, the latest above all.
 
     Args:
         num_drafters (`int`): How many there are. The last has a lead.
@@ -87,25 +83,26 @@ class Panel:
 
     def __init__(self, num_drafters: int):
         self.trust = [0.0] * (num_drafters - 1) + [LEAD]
-        self.opinions: Mapping[int, Opinion] = {}
 
-    def draft(
-        self, opinions: Mapping[int, Opinion], settings: DraftSettings, max_depth: int, end_ids: frozenset[int]
-    ) -> Nodes:
-        """The nodes most worth verifying, of all that those who were asked have drafted, the most trusted first."""
-        self.opinions = dict(opinions)
-        return best_nodes(_following, list(opinions.values()), settings, max_depth, end_ids)
-
-    def judge(self, tokens: Sequence[int]) -> None:
-        """Take in what the target has written below the last draft."""
-        opinions = self.opinions
+    def judge(self, opinions: Mapping[int, Opinion], tokens: Sequence[int]) -> None:
+        """Take in what the target has written where those who were asked had these opinions, by their places."""
         for token in tokens:
             shares = {place: math.log(opinion.share(token)) for place, opinion in opinions.items() if opinion.shares}
             best = max(shares.values(), default=0.0)
             for place, share in shares.items() if len(shares) > 1 else ():  # one alone is compared with nobody
                 self.trust[place] = MEMORY * self.trust[place] + share - best
             opinions = {place: opinion.after[token] for place, opinion in opinions.items() if token in opinion.after}
-        self.opinions = {}
+
+
+def agreed_nodes(
+    opinions: Sequence[Opinion], settings: DraftSettings, max_depth: int, end_ids: frozenset[int]
+) -> Nodes:
+    """The nodes most worth verifying, of all that those who were asked have drafted, the most trusted first.
+
+    The probabilities of the most trusted drafter count as they are; the next one shares what that has left, and so on. Where a
+    drafter says nothing the next one has it all.
+    """
+    return best_nodes(_following, list(opinions), settings, max_depth, end_ids)
 
 
 def _following(

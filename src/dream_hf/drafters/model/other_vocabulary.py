@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from ...decoding.drafter import DraftSession, Prefill, Verified
 from ...decoding.settings import DraftSettings
-from ...decoding.target_forward import TargetForward
 from ...decoding.tree import DraftTree
 from ...runtime.phases import DRAFTER, GROWTH, phase
-from ...runtime.threads import cpu_threads
-from ...targets.target import DecoderRecord, Target, end_ids
+from ...targets.target import Target, end_ids
 from ..best_first import tree_of
 from ..growth import grow_tree
 from ..tentative import Draftable, TentativeLevels
 from .bridge import Speller, Written
 from .reading import read_rows
 from .respelling import Ends, respell
+from .text import ReadText
 
 MOST_TOKENS = 4.0  # of the drafter's that are drafted for one of the target's
 TAILS = (8, 16, 32, 4)  # last tokens that are encoded anew with what was added, tried in this order
@@ -89,19 +87,16 @@ class RespellingSession(DraftSession):
         self.texts = [OwnText(own, written.text) for written in self.written]
         with phase(DRAFTER):
             prompt = read_rows(model, [text.ids for text in self.texts])
-        self.root_logits = prompt.logits
-        self.forward = TargetForward(model, len(self.texts), DecoderRecord(), settings.tree_size)
-        self.forward.begin(prompt.cache, prompt.model_kwargs, None)
-        self.padding = [self.forward.prompt_slots - len(text.ids) for text in self.texts]
+        self.read_text = ReadText(model, prompt, settings.tree_size)
+        self.padding = [self.read_text.forward.prompt_slots - len(text.ids) for text in self.texts]
         self.draftable = Draftable(model.text_config.vocab_size, tuple(model.visual_ids))
-        self.forward.take_over(prompt.cache)
 
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         if max_depth == 0:
             return DraftTree.chain(root_tokens)
         with self.model.taking_trees():
             self._catch_up()
-            roots = torch.tensor([text.ids[-1:] for text in self.texts], device=self.model.model.device)
+            roots = torch.tensor([text.ids[-1:] for text in self.texts], device=self.read_text.device)
             tree = grow_tree(self.levels(), roots, self._own_settings(), self.ends.drafter)
         with phase(GROWTH):
             rows = [
@@ -112,7 +107,7 @@ class RespellingSession(DraftSession):
 
     def levels(self) -> TentativeLevels:
         """The levels below the last tokens, in the drafter's vocabulary."""
-        return TentativeLevels(self.forward, self.draftable, lambda: self.root_logits, self.model.model.device)
+        return self.read_text.levels(self.draftable)
 
     def read(self, verified: Verified) -> None:
         for written, tokens, count in zip(self.written, verified.tokens.tolist(), verified.counts, strict=True):
@@ -131,19 +126,8 @@ class RespellingSession(DraftSession):
         unread = [text.ids[count:] for text, count in zip(self.texts, kept, strict=True)]
         if not any(unread):
             return
-        self.forward.slots.place([padding + count for padding, count in zip(self.padding, kept, strict=True)])
-        device = self.model.model.device
-        width = max(map(len, unread))
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)
-        places = torch.arange(width, device=device)
-        seen = (places[:, None] >= places).expand(len(tokens), -1, -1)
-        with phase(DRAFTER), cpu_threads(self.settings.draft_threads):
-            logits = self.forward.draft(tokens, places, seen).logits[:, -width:]
+        places = [padding + count for padding, count in zip(self.padding, kept, strict=True)]
+        self.read_text.forward.slots.place(places)
         counts = [len(row) for row in unread]
-        self.forward.slots.commit(counts)
-        self.root_logits = _last(logits, counts, self.root_logits)
-
-
-def _last(logits: torch.Tensor, counts: Sequence[int], before: torch.Tensor) -> torch.Tensor:
-    """Of logits (B, T, V) those of the last of `counts[b]` tokens, (B, 1, V); what was there `before` where there are none."""
-    return torch.stack([logits[row, count - 1 : count] if count else before[row] for row, count in enumerate(counts)])
+        rows = [[*row, *[0] * (max(counts) - len(row))] for row in unread]
+        self.read_text.read(torch.tensor(rows, device=self.read_text.device), counts, self.settings.draft_threads)

@@ -8,16 +8,14 @@ import torch
 
 from ...decoding.drafter import DraftSession, Prefill, Verified
 from ...decoding.settings import DraftSettings
-from ...decoding.target_forward import TargetForward
 from ...decoding.tree import DraftTree
-from ...runtime.counts import Counts
 from ...runtime.phases import DRAFTER, phase
-from ...runtime.threads import cpu_threads
-from ...targets.target import DecoderRecord, Target
+from ...targets.target import Target
 from ..growth import grow_tree
 from ..pending import PendingTokens
 from ..tentative import Draftable, TentativeLevels
 from .reading import read_pictures, read_text
+from .text import ReadText
 
 
 class ModelSession(DraftSession):
@@ -46,20 +44,16 @@ class ModelSession(DraftSession):
             prompt = read_pictures(self.model, prefill) if sees_pictures else read_text(self.model, prefill)
         if sees_pictures:
             self._note(prefill.first_tokens, [1] * len(prefill.first_tokens))
-        self.root_logits = prompt.logits
-        self.forward = TargetForward(self.model, len(prefill.first_tokens), DecoderRecord(), self.settings.tree_size)
-        self.forward.begin(prompt.cache, prompt.model_kwargs, None)
-        self.forward.take_over(prompt.cache)
+        self.text = ReadText(self.model, prompt, self.settings.tree_size)
 
     def _goes_on_from(self, prefill: Prefill) -> bool:
         """Take over what an earlier turn has left, unless this one has pictures of its own."""
         earlier = prefill.earlier
         if not isinstance(earlier, ModelSession) or earlier.model is not self.model or prefill.is_visual.any():
             return False
-        self.pending, self.root_logits = earlier.pending, earlier.root_logits
-        self.forward = earlier.forward
+        self.pending, self.text = earlier.pending, earlier.text
         if not torch.is_inference_mode_enabled():
-            for layer in self.forward.layers:
+            for layer in self.text.forward.layers:
                 layer.leave_inference_mode()
         new = torch.cat([prefill.token_ids[:, 1:], prefill.first_tokens.to(prefill.token_ids)], dim=1)
         self._note(new, [new.shape[1]] * len(new))
@@ -73,7 +67,7 @@ class ModelSession(DraftSession):
     def levels(self) -> TentativeLevels:
         """The levels below the last tokens; what was gained is read first."""
         self._catch_up()
-        return TentativeLevels(self.forward, self.draftable, lambda: self.root_logits, self.model.model.device)
+        return self.text.levels(self.draftable)
 
     def read(self, verified: Verified) -> None:
         self._note(verified.tokens, verified.counts)
@@ -92,12 +86,4 @@ class ModelSession(DraftSession):
             return
         tokens, _, counts = self.pending.take()
         tokens = tokens[:, : max(counts)].clamp(max=self.model.text_config.vocab_size - 1)
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        seen = (places[:, None] >= places).expand(len(tokens), -1, -1)
-        with phase(DRAFTER), cpu_threads(self.settings.draft_threads):
-            logits = self.forward.draft(tokens, places, seen).logits[:, -tokens.shape[1] :]
-        counts = Counts.of(counts)
-        self.forward.slots.commit(counts)
-        last = counts.less(1).on(logits.device)[:, None, None].expand(-1, -1, logits.shape[-1])
-        is_new = (counts.on(logits.device) > 0)[:, None, None]  # a row that gained nothing stays where it is
-        self.root_logits = torch.where(is_new, logits.gather(1, last), self.root_logits)
+        self.text.read(tokens, counts, self.settings.draft_threads)
