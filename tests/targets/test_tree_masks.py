@@ -489,7 +489,7 @@ def test_only_the_first_tree_forward_is_watched(monkeypatch):
     monkeypatch.setattr(
         tree_proof,
         "attending_modules",
-        lambda decoder, own=tree_proof.attending_modules: calls.append(1) or own(decoder),
+        lambda *given, own=tree_proof.attending_modules: calls.append(1) or own(*given),
     )
     out = generate(target, make_inputs("llama", target), assistant_model=untrained(target, **SMALL_TREE))
     assert out.accepted_lengths.shape[1] > 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
+from .hooks import after_own_forwards
 from .lookups import ScopedWrap, wrapped_lookup
 
 QUERY_CHUNK, MIN_QUERY_CHUNK = 256, 16
@@ -59,13 +60,12 @@ def observe_attention(
     with an index in `queries` (n,) are shown, and paid for; by default all.
     """
     token = _observed.set({**(_observed.get() or {}), **{id(module): (observer, queries) for module in modules}})
-    with ExitStack() as stack:
-        stack.callback(_observed.reset, token)
-        stack.enter_context(_attention_wrap.installed())
-        for module in modules:
-            if _implementation(module) == "eager":
-                stack.callback(module.register_forward_hook(_show_eager).remove)
-        yield
+    eager = [module for module in modules if _implementation(module) == "eager"]
+    try:
+        with _attention_wrap.installed(), after_own_forwards(eager, _show_eager):
+            yield
+    finally:
+        _observed.reset(token)
 
 
 def attention_chunks(
@@ -193,7 +193,7 @@ def _dropped_by_sdpa(kwargs: dict[str, Any]) -> set[str]:
     }
 
 
-def _show_eager(module: nn.Module, args: tuple, output: Any) -> None:
+def _show_eager(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     observer, queries = (_observed.get() or {}).get(id(module), (None, None))
     if observer is not None:
         shown = output[1] if queries is None else output[1][:, :, queries.to(output[1].device)]

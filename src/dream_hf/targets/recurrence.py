@@ -8,7 +8,7 @@ computes the same over the tree's nodes, each of which goes on from its parent.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import ModuleType
@@ -170,32 +170,36 @@ def state_mixers(decoder: nn.Module) -> list[nn.Module]:
     ]
 
 
-def attending_modules(decoder: Any) -> list[nn.Module]:
-    """The modules of a decoder that attend, and the layers around them."""
-    others = set(state_mixers(decoder))
+def attending_modules(decoder: Any, mixers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules of a decoder that attend, and the layers around them; its `mixers` keep a state instead."""
     kinds = enumerate(getattr(decoder.config, "layer_types", None) or ())
     stateless = {index for index, kind in kinds if kind in STATELESS_KINDS}
-    others |= {module for module in text_attentions(decoder) if layer_index(module) in stateless}
+    numbered = text_attentions(decoder)
+    others = {*mixers, *(module for module in numbered if layer_index(module) in stateless)}
     shared = (module for name, module in decoder.named_modules() if name.endswith(".self_attn"))  # by several layers
-    return [module for module in dict.fromkeys((*text_attentions(decoder), *shared)) if module not in others]
+    return [module for module in dict.fromkeys((*numbered, *shared)) if module not in others]
 
 
 def keeps_state(text_config: Any) -> bool:
     """Whether some layers of a text model keep a state."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=text_config).layers)
+    return any(map(_is_stateful, DynamicCache(config=text_config).layers))
+
+
+def _is_stateful(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 def unsuitable_states(decoder: nn.Module, text_config: Any) -> str | None:
     """What keeps the layers with state of a text model from verifying trees, or None."""
-    layers = DynamicCache(config=text_config).layers
-    if not keeps_state(text_config):
+    layers: list[Any] = DynamicCache(config=text_config).layers
+    if not any(map(_is_stateful, layers)):
         return None
     if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
         return "no layer attends, so that nothing tells how long a text is"
     kinds = getattr(text_config, "layer_types", None) or [None] * len(layers)
     mixers = {layer_index(mixer): mixer for mixer in state_mixers(decoder)}
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-        if not isinstance(layer, LinearAttentionCacheLayerMixin) or kind in STATELESS_KINDS:
+        if not _is_stateful(layer) or kind in STATELESS_KINDS:
             continue
         reason = "it has more than one state" if layer.number_of_states > 1 else _unknown(mixers.get(index), kind)
         if reason is not None:

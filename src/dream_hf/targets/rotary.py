@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .hooks import after_own_forwards
 from .tree_masks import current_tree
 
 REMEMBERED = ("inv_freq", "max_seq_len_cached", "attention_scaling")  # what a module keeps of the longest text so far
@@ -29,7 +30,7 @@ def plain_angles(modules: list[nn.Module]) -> Iterator[None]:
     """Give the nodes of trees the angles they would have in plain decoding while in the block."""
     with ExitStack() as stack:
         for module in modules:
-            stack.callback(module.register_forward_hook(_PlainAngles(module), with_kwargs=True).remove)
+            stack.enter_context(after_own_forwards([module], _PlainAngles(module)))
         yield
 
 

@@ -19,6 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .attention_statistics import ArgumentRecord, note_arguments
+from .hooks import after_own_forwards
 from .recurrence import STATE_KINDS, STATELESS_KINDS, state_mixers, trees_of_states
 from .reduced_head import reduced_head
 from .rotary import is_length_dependent, plain_angles
@@ -213,22 +214,16 @@ class Target:
 
         Where another implementation has to stand in, which one depends on what was passed on while `recording`.
         """
-        handles = [
-            module.q_proj.register_forward_hook(
-                lambda _, __, queries, owner=module: rescale_tree_queries(owner, queries)
-            )
-            for module in self.rescaled_attentions
-        ]
-        try:
-            with (
-                tree_masks_available(self.decoder, self.text_config, self.noted),
-                plain_angles(self.length_dependent_rotaries),
-                trees_of_states(self.decoder),
-            ):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        attentions = {module.q_proj: module for module in self.rescaled_attentions}
+        with (
+            tree_masks_available(self.decoder, self.text_config, self.noted),
+            after_own_forwards(
+                attentions, lambda q_proj, _, __, queries: rescale_tree_queries(attentions[q_proj], queries)
+            ),
+            plain_angles(self.length_dependent_rotaries),
+            trees_of_states(self.decoder),
+        ):
+            yield
 
     @contextmanager
     def recording(
@@ -245,7 +240,7 @@ class Target:
         token = _record.set(record)
         inner: dict[int, torch.Tensor] = {}  # of this forward
 
-        def before(module, args, kwargs):
+        def before(module, args, kwargs=None):  # which may be missing in other threads, see `hooks`
             if _record.get() is not record:
                 return None
             if embeds:

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
+from .hooks import after_own_forwards, before_own_forwards
 from .recurrence import attending_modules, state_mixers
 from .tree_masks import TreeMask, current_tree, layer_index, tree_masks, visible
 
@@ -54,10 +55,8 @@ class TreeProof:
         mixers = state_mixers(self.decoder)
         witness = _Witness(mixers)
         with ExitStack() as stack:
-            for module in attending_modules(self.decoder):
-                stack.callback(module.register_forward_pre_hook(witness.see_attention, with_kwargs=True).remove)
-            for module in self.must_run:
-                stack.callback(module.register_forward_hook(witness.see_run).remove)
+            stack.enter_context(before_own_forwards(attending_modules(self.decoder, mixers), witness.see_attention))
+            stack.enter_context(after_own_forwards(self.must_run, witness.see_run))
             if any(getattr(module, "_compiled_call_impl", None) for module in self.decoder.modules()):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled modules ignore new hooks
             yield
@@ -110,7 +109,7 @@ class _Witness:
         if index is not None:
             self.layers.setdefault(module, set()).add(index)
 
-    def see_run(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def see_run(self, module: nn.Module, *_: Any) -> None:
         """After any other module."""
         if current_tree() is self.scope:
             self.has_run.add(module)
