@@ -45,12 +45,16 @@ def test_readme(pair, monkeypatch):
     assert ran["tau"] > 2
 
 
+def question_about_a_page(processor):
+    row = make_rows("text", 1, 1_700_000)[0]
+    prompt = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
+    return processor(text=prompt, images=row["images"][0], return_tensors="pt")
+
+
 def test_retrieval_guide(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     target, _, processor = pair
-    row = make_rows("text", 1, 1_700_000)[0]
-    prompt = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=row["images"][0], return_tensors="pt")
+    inputs = question_about_a_page(processor)
     ran = run("docs/retrieval.md", {"target": target, "processor": processor, "inputs": inputs})
     assert torch.equal(ran["output"], target.generate(**inputs, max_new_tokens=64))
     assert len(ran["store"]) == 1 and Path("answers.jsonl").is_file() and len(ran["drafter"].draft_ids) > 9
@@ -59,9 +63,7 @@ def test_retrieval_guide(pair, tmp_path, monkeypatch):
 def test_untrained_guide(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     target, _, processor = pair
-    row = make_rows("text", 1, 1_700_000)[0]
-    prompt = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=row["images"][0], return_tensors="pt")
+    inputs = question_about_a_page(processor)
     ran = run("docs/untrained.md", {"target": target, "small_model": target, "inputs": inputs})
     assert torch.equal(ran["output"], target.generate(**inputs, max_new_tokens=64))
     assert Path("skip.json").is_file() and ran["drafter"].drafters[1].skip

@@ -119,10 +119,7 @@ def load_drafter(
     config = read_published_config(name, revision=revision)
     if config.get("model_type") in OUR_MODEL_TYPES:
         _refuse_wiring(name, wiring)
-        model_class: Any = (
-            EagleDrafter if config["model_type"] == EagleDrafter.config_class.model_type else DreamDrafter
-        )
-        return model_class.from_pretrained(name, dtype=target.dtype, revision=revision).to(target.device).eval()
+        return load_saved(name, config, target.dtype, revision).to(target.device).eval()
     tensors = read_tensors(name, partial(_check_kind, name, config), revision=revision)
     if kind_of(name, config, tensors.keys()) == EAGLE:
         return load_eagle(name, config, tensors, target, wiring)
@@ -132,6 +129,13 @@ def load_drafter(
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
     drafter.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size  # it borrows embedding and head
     return drafter.to(target.device).eval()
+
+
+def load_saved(source: str, config: Mapping[str, Any], dtype: str | torch.dtype, revision: str | None = None) -> Any:
+    """A drafter that was saved here, whose config.json has these fields, on the CPU."""
+    is_eagle = config["model_type"] == EagleDrafter.config_class.model_type
+    model_class: Any = EagleDrafter if is_eagle else DreamDrafter
+    return model_class.from_pretrained(source, dtype=dtype, revision=revision)
 
 
 def _drafter_names(drafter: str | None) -> list[str]:

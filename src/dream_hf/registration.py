@@ -21,9 +21,8 @@ _GENERATION = "transformers.generation.utils"
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _AUTO_MODEL = "transformers.models.auto.modeling_auto"
 
-_wants_inputs: ContextVar[bool] = ContextVar(
-    "dream_hf_wants_inputs", default=False
-)  # of the call that is being prepared
+# Whether the drafter of the call that is being prepared reads its inputs.
+_wants_inputs: ContextVar[bool] = ContextVar("dream_hf_wants_inputs", default=False)
 
 
 def register() -> None:

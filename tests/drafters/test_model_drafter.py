@@ -10,7 +10,7 @@ import pytest
 import torch
 from distributions import tiny_llama
 from families import FAMILIES, INEXACT, family
-from lossless import assert_counts_add_up, assert_same_tokens, gains, generate, stop_tokens
+from lossless import assert_counts_add_up, assert_same_tokens, gains, generate, seeded_runs, stop_tokens
 from test_sampling import LIMIT, p_values
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 from transformers.generation import NoRepeatNGramLogitsProcessor
@@ -86,10 +86,7 @@ def test_stops_processors_and_seeds(name, batch):
     ):
         expected = generate(target, inputs, **settings)
         assert_same_tokens(expected, generate(target, inputs, assistant_model=drafter, **settings))
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        runs.append(generate(target, inputs, do_sample=True, assistant_model=drafter, max_new_tokens=NUM_NEW))
+    runs = seeded_runs(target, inputs, [drafter, drafter])
     assert torch.equal(runs[0].sequences, runs[1].sequences) and gains(runs[0]) == gains(runs[1])
 
 

@@ -9,7 +9,7 @@ import torch
 from distributions import tiny_llama
 from double import TIGHT
 from families import FAMILIES, INEXACT, family
-from lossless import assert_counts_add_up, assert_same_tokens, gains, generate, stop_tokens
+from lossless import assert_counts_add_up, assert_same_tokens, gains, generate, seeded_runs, stop_tokens
 from test_sampling import LIMIT, p_values
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -73,10 +73,8 @@ def test_stops_processors_and_seeds(name, batch):
         expected = generate(target, inputs, **settings)
         drafter = LayerSkipDrafter(target, skip=["1.mlp"], settings=TREE)
         assert_same_tokens(expected, generate(target, inputs, assistant_model=drafter, **settings))
-    runs, drafters = [], [LayerSkipDrafter(target, seed=3, settings=TREE) for _ in range(2)]
-    for drafter in drafters:
-        torch.manual_seed(5)
-        runs.append(generate(target, inputs, do_sample=True, assistant_model=drafter, max_new_tokens=NUM_NEW))
+    drafters = [LayerSkipDrafter(target, seed=3, settings=TREE) for _ in range(2)]
+    runs = seeded_runs(target, inputs, drafters)
     assert torch.equal(runs[0].sequences, runs[1].sequences) and gains(runs[0]) == gains(runs[1])
     assert (
         drafters[0].skip == drafters[1].skip

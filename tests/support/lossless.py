@@ -31,6 +31,15 @@ def generate(target: Target, inputs: Inputs, **settings: Any) -> Any:
     return target.generate(**inputs, **{**defaults, **settings})
 
 
+def seeded_runs(target: Target, inputs: Inputs, drafters: Sequence[Any]) -> list[Any]:
+    """What is sampled with each of the drafters, from one seed."""
+    runs = []
+    for drafter in drafters:
+        torch.manual_seed(5)
+        runs.append(generate(target, inputs, do_sample=True, assistant_model=drafter, max_new_tokens=NUM_NEW))
+    return runs
+
+
 def open_gates(drafter: DreamDrafter, value: float = 0.7) -> DreamDrafter:
     """An untrained drafter's cross-attention is shut; open it, so that what it reads matters."""
     with torch.no_grad():

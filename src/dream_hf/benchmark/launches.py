@@ -35,7 +35,6 @@ KERNELS = re.compile(
 READS = ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__")
 MAKERS = ("tensor", "as_tensor")
 
-
 Path = tuple[str, ...]  # the phases that are running, the outermost first
 
 

@@ -36,10 +36,8 @@ def run(args: argparse.Namespace) -> None:
 def describe_alone(source: str, revision: str | None) -> dict[str, Any]:
     """What is known of a drafter that was saved here, without its target."""
     from ..drafters.detection import OUR_MODEL_TYPES
-    from ..drafters.dream.drafter import DreamDrafter
-    from ..drafters.eagle.drafter import EagleDrafter
     from ..drafters.published_files import read_published_config
-    from ..load_models import source_of
+    from ..load_models import load_saved, source_of
 
     place = str(source_of(source, "drafter"))
     config = read_published_config(place, revision=revision)
@@ -47,9 +45,7 @@ def describe_alone(source: str, revision: str | None) -> dict[str, Any]:
         raise ValueError(
             f"`drafter` ({source!r}) was not saved by dream-hf; name its target with --target, which it is read for."
         )
-    is_dream = config["model_type"] == DreamDrafter.config_class.model_type
-    model_class: Any = DreamDrafter if is_dream else EagleDrafter
-    return describe(model_class.from_pretrained(place, dtype="auto", revision=revision))
+    return describe(load_saved(place, config, "auto", revision))
 
 
 def describe_with_target(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,14 +19,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` shows the options\n")
 
 
-def add_models(parser: argparse.ArgumentParser, *, is_target_needed: bool = True, drafter: str | None) -> None:
+def add_models(
+    parser: argparse.ArgumentParser,
+    *,
+    is_target_needed: bool = True,
+    is_drafter_needed: bool = False,
+    drafter: str | None,
+) -> None:
     """`--target`, `--drafter` and how to load them; `drafter` is the help text of that option, None where it is no option."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--target", required=is_target_needed, help='folder or Hub id of the target; "demo" is the bundled one'
     )
     if drafter is not None:
-        group.add_argument("--drafter", help=drafter)
+        group.add_argument("--drafter", required=is_drafter_needed, help=drafter)
     group.add_argument("--revision", help="revision of the target on the Hub")
     group.add_argument("--drafter-revision", help="revision of the drafter on the Hub")
     group.add_argument("--dtype", default="auto", help="auto (the target's own), float32, bfloat16 or float16")

@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> None:
 def _self_prompts(args: argparse.Namespace, models: Any, state: Any) -> list[dict[str, Any]]:
     """Prompts that the target writes; the first process writes them, the others read what it wrote."""
     from ..regeneration.self_prompts import write_prompts
+    from ..regeneration.store import folder_of
 
-    output = Path(args.output).expanduser()
-    folder = output.with_name(f"{output.stem}_files") / "prompts"
+    folder = folder_of(Path(args.output).expanduser()) / "prompts"
     with state.main_process_first():
         return write_prompts(models.target, models.processor, folder, args.self_prompts, seed=args.seed)
 

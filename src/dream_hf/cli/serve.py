@@ -8,6 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from .options import add_models
+
 HELP = "Serve a target with a drafter: transformers' own server, with an API like OpenAI's."
 EXAMPLE = (
     "dream-hf serve --target llava-hf/llava-v1.6-vicuna-7b-hf --drafter my-drafter --port 8000\n"
@@ -17,15 +19,9 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf serve`."""
-    parser.add_argument("--target", required=True, help='folder or Hub id of the target; "demo" is the bundled one')
-    parser.add_argument("--drafter", required=True, help='folder or Hub id of a drafter; "demo" is the bundled one')
-    parser.add_argument("--revision", help="revision of the target on the Hub")
-    parser.add_argument("--drafter-revision", help="revision of the drafter on the Hub")
+    add_models(parser, is_drafter_needed=True, drafter='folder or Hub id of a drafter; "demo" is the bundled one')
     parser.add_argument("--host", default="localhost", help="address to listen at (localhost)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
-    parser.add_argument("--dtype", default="auto", help="auto (the target's own), float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")
-    parser.add_argument("--attn-implementation", help="the target's attention: sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--log-level", default="info", help="info shows the tokens and tau of each answer (info)")
 
 
@@ -33,11 +29,11 @@ def run(args: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from transformers.cli.serve import Serve
 
-    logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("dream_hf").setLevel(args.log_level.upper())
     from ..hub.attaching import attach
     from ..load_models import source_of
 
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("dream_hf").setLevel(args.log_level.upper())
     target, drafter = source_of(args.target, "target"), source_of(args.drafter, "drafter")
     # The server calls a model by the path that it finds it under, and clients have to.
     name = Path(args.target).resolve().name if Path(args.target).is_dir() else args.target
@@ -50,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             host=args.host,
             port=args.port,
             dtype=args.dtype,
-            device=args.device,
+            device=args.device or "auto",
             attn_implementation=args.attn_implementation,
             log_level="warning",
         )

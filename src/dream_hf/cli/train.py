@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
     given, training_args = parse(arguments)
     from ..training.run import run_training
 
-    run_training(given, training_args)
+    run_training(given, training_args, tell=print)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, Any]:

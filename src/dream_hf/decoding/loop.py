@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,11 +173,11 @@ class _Decoding:
                 kwargs.get("attention_mask"),
                 self.cache,
                 self.stopping.eos_token_ids,
-                self.forward.longest_text,
-                self.forward.compilation,
+                longest_text=self.forward.longest_text,
+                compilation=self.forward.compilation,
+                inputs=inputs_of(kwargs) if self.drafter.needs.inputs and not past_length else {},
+                forward=self.forward if self.drafter.needs.cache else None,
             )
-            inputs = inputs_of(kwargs) if self.drafter.needs.inputs and not past_length else {}
-            prefill = replace(prefill, inputs=inputs, forward=self.forward if self.drafter.needs.cache else None)
             self.session = self.drafter.start(prefill, self.drafter.settings)
 
     def step(self) -> None:

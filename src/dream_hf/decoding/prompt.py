@@ -11,7 +11,6 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..compat import CACHE
-from ..runtime.compilation import Settings as CompileSettings
 from ..targets.attention_statistics import attention_received, observe_attention
 from ..targets.target import DecoderRecord, Target
 from .drafter import Drafter, Prefill
@@ -91,10 +90,9 @@ class PromptWatch:
         attention_mask: torch.Tensor | None,  # (B, slots)
         cache: Cache,
         end_ids: frozenset[int],
-        longest_text: int | None = None,
-        compilation: CompileSettings | None = None,
+        **further: Any,
     ) -> Prefill:
-        """Lay it out, with the prompt's keys the last ones in `cache`."""
+        """Lay it out, with the prompt's keys the last ones in `cache`; `further` are fields of [`Prefill`] as they are."""
         num_slots = int(cache.get_seq_length())
         seen = self.embeds if self.features is None else self.features
         num_new = num_slots - self.past_length if seen is None else seen.shape[1]
@@ -119,9 +117,8 @@ class PromptWatch:
             features=self.features,
             attention=None if received is None else received[:, -num_tokens:],
             positions=self.positions,
-            longest_text=longest_text,
-            compilation=compilation,
             earlier=earlier,
+            **further,
         )
 
 

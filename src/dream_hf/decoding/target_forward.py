@@ -152,9 +152,8 @@ class TargetForward:
 
     def keep(self, path: torch.Tensor) -> None:
         """Keep the nodes `path` (B, P) in the cache, and take the others back."""
-        if not crossings.reads_wait(path.device) and bool(
-            (path[:, -1] == path.shape[1] - 1).all()
-        ):  # they are in place
+        can_look = not crossings.reads_wait(path.device)
+        if can_look and bool((path[:, -1] == path.shape[1] - 1).all()):  # they are in place
             return
         with phase(CACHE_WORK):
             for layer in self.layers:

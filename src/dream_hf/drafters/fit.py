@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # configs are described while transformers' models are being 
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
+    from ..decoding.settings import DraftSettings
+
 logger = logging.get_logger(__name__)
 
 _checked_weights: WeakKeyDictionary[PreTrainedModel, tuple[int, ...]] = WeakKeyDictionary()
@@ -44,6 +46,12 @@ def check_identity(drafter: PreTrainedModel, actual: dict[str, Any]) -> None:
             f"The drafter was trained for {expected['name']!r} and drafts for {actual['name']!r}. The output is exact all "
             "the same; fewer drafted tokens may be accepted."
         )
+
+
+def check_top_k(settings: DraftSettings, size: int | None, what: str) -> None:
+    """Refuse settings that want more children of a node than there are tokens; `what` says which tokens."""
+    if size is not None and settings.tree_top_k > size:
+        raise ValueError(f"`tree_top_k` ({settings.tree_top_k}) must not exceed {what} ({size}).")
 
 
 def check_place(model: PreTrainedModel, drafter: PreTrainedModel) -> None:

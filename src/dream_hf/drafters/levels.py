@@ -91,11 +91,8 @@ def level_below_root(
     own = (lengths[:, None] + torch.arange(top_k, device=lengths.device))[..., None]
     tokens, scores = tokens[:, 0], scores[:, 0]  # which are all there are
     best = torch.arange(top_k, device=tokens.device).expand_as(tokens)
-    features, seen = (
-        root_features.repeat(1, top_k, 1),
-        bias_of(verified, root_features.dtype)[:, None].repeat(1, top_k, 1),
-    )
-    return SlotLevel(tokens, scores, best, tokens, scores, features, seen, own)
+    seen = bias_of(verified, root_features.dtype)[:, None].repeat(1, top_k, 1)
+    return SlotLevel(tokens, scores, best, tokens, scores, root_features.repeat(1, top_k, 1), seen, own)
 
 
 def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> SlotLevel:

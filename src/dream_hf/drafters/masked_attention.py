@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from ..targets.grouped_attention import folded, unfolded
+
 MASK_ENTRIES = 2**23  # of the masks that are in memory at a time
 BIAS_COLUMNS = 16  # rows of what is added to scores start at multiples of it, which kernels of accelerators want
 SINK_COLUMNS = 8  # two are used; kernels want a multiple of 8
@@ -32,14 +34,14 @@ def attend_masked(
         mask = mask | ~sees_something
     num_sharing = queries.shape[1] // keys.shape[1]
     attended = scaled_dot_product_attention(
-        queries.unflatten(1, (-1, num_sharing)).flatten(2, 3),
+        folded(queries, num_sharing),
         keys,
         values,
         attn_mask=mask.repeat(1, num_sharing, 1).unsqueeze(1),
         scale=scale,
         dropout_p=dropout,
     )
-    attended = attended.unflatten(2, (num_sharing, -1)).flatten(1, 2)
+    attended = unfolded(attended, num_sharing)
     if sees_something is None or unseen is None:
         return attended
     return torch.where(sees_something.unsqueeze(1), attended, unseen.to(attended.dtype))

@@ -19,7 +19,7 @@ class Stack(NamedTuple):
     """Layers with n outputs in all as one."""
 
     weight: Tensor  # (n, in)
-    bias: Tensor | None  # (n,)
+    bias: Tensor | None = None  # (n,)
 
 
 def stacked(layers: Sequence[Any]) -> Stack | None:
@@ -28,16 +28,13 @@ def stacked(layers: Sequence[Any]) -> Stack | None:
     Args:
         layers (`Sequence[nn.Module]`): Layers of one input, in the order of their outputs.
     """
-    if any(type(layer) is not nn.Linear for layer in layers):
+    if any(type(layer) is not nn.Linear for layer in layers) or len({layer.bias is None for layer in layers}) > 1:
         return None
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    has_biases = {bias is not None for bias in biases}
-    if len(has_biases) > 1:
-        return None
+    kinds = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
     with _lock:
-        weight = _in_a_row(weights)
-        bias = _in_a_row(biases) if True in has_biases else None
-    return None if weight is None or (bias is None and True in has_biases) else Stack(weight, bias)
+        rows = [_in_a_row(parts) for parts in kinds if parts[0] is not None]
+    whole = [row for row in rows if row is not None]
+    return Stack(*whole) if len(whole) == len(rows) else None
 
 
 def _in_a_row(parts: Sequence[Tensor]) -> Tensor | None:
@@ -52,9 +49,8 @@ def _in_a_row(parts: Sequence[Tensor]) -> Tensor | None:
                 part.data = place
     whole = first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
     if whole.device.type != "cpu":
-        torch._dynamo.mark_static_address(
-            whole, guard=False
-        )  # weights, as far as graphs of device calls are concerned
+        # Graphs of device calls may rely on where weights lie.
+        torch._dynamo.mark_static_address(whole, guard=False)
     return whole
 
 

@@ -12,16 +12,8 @@ from .downloads import HUB_ERRORS, explain_failure
 from .publishing import add_custom_generate
 
 BESIDE = "drafter"  # the folder that custom_generate/generate.py looks into
-NOT_NEEDED = [  # of a target, which has safetensors
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "original/*",
-    "*.gguf",
-]
+# Of a target, which has safetensors.
+NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.gguf"]
 
 
 def attach(

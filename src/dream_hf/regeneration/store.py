@@ -25,6 +25,11 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 MERGED = "rows-merged.jsonl"  # what was complete until the source got longer
 
 
+def folder_of(output: Path) -> Path:
+    """Where what is unfinished is kept beside the file to end with."""
+    return output.with_name(f"{output.stem}_files")
+
+
 class AnswerStore:
     """
     The rows of one `<output>.jsonl`.
@@ -51,7 +56,7 @@ class AnswerStore:
         self.output = Path(output).expanduser()
         if self.output.suffix != ".jsonl":
             raise ValueError(f"`output` ({str(output)!r}) must end in .jsonl.")
-        self.folder = self.output.with_name(f"{self.output.stem}_files")
+        self.folder = folder_of(self.output)
         self.piece = self.folder / f"rows-{process_index:05d}.jsonl"
         begun = self._begun()
         self._check_settings(begun, settings)

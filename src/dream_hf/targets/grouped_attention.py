@@ -64,9 +64,9 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
         return attended.transpose(1, 2).contiguous(), None
     mask = _repeat(attention_mask, num_sharing)
     attended = functional.scaled_dot_product_attention(
-        _folded(query, num_sharing), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        folded(query, num_sharing), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return _unfolded(attended, num_sharing).transpose(1, 2).contiguous(), None
+    return unfolded(attended, num_sharing).transpose(1, 2).contiguous(), None
 
 
 def _eager(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -74,12 +74,12 @@ def _eager(module, query, key, value, attention_mask, scaling, dropout=0.0, **kw
     num_sharing = query.shape[1] // key.shape[1]
     if not _is_simple(query, attention_mask, num_sharing):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    scores = torch.matmul(_folded(query, num_sharing), key.transpose(2, 3)) * scaling
+    scores = torch.matmul(folded(query, num_sharing), key.transpose(2, 3)) * scaling
     scores = scores + _repeat(attention_mask, num_sharing)
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
-    attended = _unfolded(torch.matmul(weights, value), num_sharing)
-    return attended.transpose(1, 2).contiguous(), _unfolded(weights, num_sharing)
+    attended = unfolded(torch.matmul(weights, value), num_sharing)
+    return attended.transpose(1, 2).contiguous(), unfolded(weights, num_sharing)
 
 
 def _is_simple(query: Tensor, mask: Any, num_sharing: int) -> bool:
@@ -94,12 +94,12 @@ def _knows_groups(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _folded(states: Tensor, num_sharing: int) -> Tensor:
+def folded(states: Tensor, num_sharing: int) -> Tensor:
     """(B, h, Q, d) -> (B, g, h / g * Q, d)."""
     return states.unflatten(1, (-1, num_sharing)).flatten(2, 3)
 
 
-def _unfolded(states: Tensor, num_sharing: int) -> Tensor:
+def unfolded(states: Tensor, num_sharing: int) -> Tensor:
     """(B, g, h / g * Q, n) -> (B, h, Q, n)."""
     return states.unflatten(2, (num_sharing, -1)).flatten(1, 2)
 

@@ -23,10 +23,8 @@ class ScopedWrap:
         self.lock = threading.Lock()
         self.num_users = 0
         self.own: Any = None  # what the owner itself has, if it does not inherit it
-        self.wrapped: tuple[Any, Any] = (
-            None,
-            None,
-        )  # what was wrapped last, and the wrap: compiled code knows it again
+        # What was wrapped last, and the wrap: compiled code knows it again.
+        self.wrapped: tuple[Any, Any] = (None, None)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

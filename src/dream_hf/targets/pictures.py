@@ -32,11 +32,8 @@ def other_pictures(config: Any, target_config: Any) -> str | None:
         ours, theirs = getattr(config, name, None), getattr(target_config, name, None)
         if ours != theirs:
             return f"its `{name}` is {ours} and the target's {theirs}"
-    parts = [(config, target_config, "")]
-    parts += [
-        (getattr(config, "vision_config", None), getattr(target_config, "vision_config", None), "vision_config.")
-    ]
-    for part, target_part, prefix in parts:
+    towers = [getattr(each, "vision_config", None) for each in (config, target_config)]
+    for part, target_part, prefix in ((config, target_config, ""), (*towers, "vision_config.")):
         for name in NUMBERS:
             ours, theirs = getattr(part, name, None), getattr(target_part, name, None)
             if ours != theirs:

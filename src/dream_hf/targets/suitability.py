@@ -59,13 +59,10 @@ def not_in_graphs(target: Target) -> str | None:
     name, implementation = type(target.model).__name__, target.text_config._attn_implementation
     if target.rescaled_attentions:
         return f"`{name}` scales queries by cache slot, which needs hooks in a tree"
-    if keeps_state(target.text_config) or target.length_dependent_rotaries:
-        part = (
-            "layers with state"
-            if keeps_state(target.text_config)
-            else "rotary angles that depend on the text's length"
-        )
-        return f"`{name}` has {part}, which needs hooks"
+    hooked = "rotary angles that depend on the text's length" if target.length_dependent_rotaries else None
+    hooked = "layers with state" if keeps_state(target.text_config) else hooked
+    if hooked is not None:
+        return f"`{name}` has {hooked}, which needs hooks"
     if target.model.config.model_type in MASK_BOUND and hasattr(target.text_config, "layer_types"):
         return f"`{name}` cannot take masks that are made beforehand for several kinds of layers"
     if implementation == "flex_attention":

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -77,12 +77,15 @@ class ModelDataArguments:
             raise ValueError("`use_lora` (True) adapts a trained drafter; name it as `drafter`.")
 
 
-def run_training(given: ModelDataArguments, args: DreamTrainingArguments) -> dict[str, float]:
+def run_training(
+    given: ModelDataArguments, args: DreamTrainingArguments, tell: Callable[[str], Any] = logger.info
+) -> dict[str, float]:
     """Train, save to `args.output_dir` and evaluate.
 
     Args:
         given (`ModelDataArguments`): Models and data.
         args (`DreamTrainingArguments`): Everything else.
+        tell (`Callable`): Hears what a step with a new drafter will read.
 
     Returns:
         `dict`: Metrics of the last evaluation; empty without `eval_dataset`.
@@ -111,7 +114,7 @@ def run_training(given: ModelDataArguments, args: DreamTrainingArguments) -> dic
         peft_config=_lora(given) if given.use_lora else None,
     )
     if given.drafter is None and trainer.is_world_process_zero():
-        print(shape_advice(models.target.config, drafter.config))
+        tell(shape_advice(models.target.config, drafter.config))
     trainer.train(resume_from_checkpoint=_resume(args))
     if trainer.is_world_process_zero():
         write_recipe(given, args)
@@ -128,12 +131,12 @@ def shape_advice(target_config: Any, config: Any) -> str:
     """What a step with a new drafter reads, and the options that make it read less where that is much."""
     try:
         ratio = weight_ratio(target_config, config)
-        shape = suggested_shape(target_config)
     except ValueError as error:
         return f"What a step reads is not known: {error}"
     reads = f"A step with this drafter reads {ratio:.2f} times the weights of a plain one."
     if ratio <= MOST:
         return reads
+    shape = suggested_shape(target_config)
     size = shape.pop("draft_vocab_size", None)
     options = f"--drafter_config '{json.dumps(shape)}'" + (f" --draft_vocab_size {size}" if size else "")
     return f"{reads} On an accelerator that is what it costs; {options} makes it cheaper (docs/speed.md)."

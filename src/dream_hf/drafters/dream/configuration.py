@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ...decoding.settings import DraftSettings
-from ..fit import describe_target
+from ..fit import check_top_k, describe_target
 from .reading import Reading
 
 BLOCK_TYPES = ("initial", "cross", "final")
@@ -181,9 +181,7 @@ class DreamConfig(PreTrainedConfig):
     def check_width(self, settings: DraftSettings) -> None:
         """Raise a `ValueError` for settings that want more children than there are tokens to draft."""
         for name in ("vocab_size", "draft_vocab_size"):
-            size = getattr(self, name)
-            if size is not None and settings.tree_top_k > size:
-                raise ValueError(f"`tree_top_k` ({settings.tree_top_k}) must not exceed `{name}` ({size}).")
+            check_top_k(settings, getattr(self, name), f"`{name}`")
 
     @property
     def reading(self) -> Reading:

@@ -89,9 +89,7 @@ class Written:
             spelt = whole[begun:].rstrip(BROKEN)
             if ids[count - 1] in self.speller.special_ids or not drafted.startswith(spelt):
                 return ids[: count - 1], ends
-            ends.append(
-                max(len(spelt), ends[-1] if ends else 0)
-            )  # a broken character may break the whole ones before it
+            ends.append(max([len(spelt), *ends[-1:]]))  # a broken character may break the whole ones before it
         return ids, ends
 
     def _find_whole(self) -> None:

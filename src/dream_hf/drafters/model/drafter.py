@@ -12,6 +12,7 @@ from ...targets.pictures import other_pictures
 from ...targets.recurrence import keeps_state
 from ...targets.suitability import unsuitable
 from ...targets.target import Target
+from ..fit import check_top_k
 from ..tentative import Draftable
 from .bridge import Speller
 from .other_vocabulary import RespellingSession
@@ -84,10 +85,7 @@ class ModelDrafter(Drafter):
                 f"`model` (`{name}`) has a vocabulary of {ours} tokens and the target one of {theirs}. Pass `tokenizer` "
                 "and `target_tokenizer`, so that it drafts in its own, or use a model of the target's family."
             )
-        if settings.tree_top_k > min(ours, theirs):
-            raise ValueError(
-                f"`tree_top_k` ({settings.tree_top_k}) must not exceed the model's `vocab_size` ({min(ours, theirs)})."
-            )
+        check_top_k(settings, min(ours, theirs), "the model's `vocab_size`")
         if self.model.model is target and self.model.length_dependent_rotaries:
             raise ValueError(
                 f"`{name}` keeps angles of its longest text (`rope_type` dynamic or longrope), so that it cannot draft for "

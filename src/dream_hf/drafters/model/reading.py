@@ -78,9 +78,8 @@ def _read(target: Target, token_ids: torch.Tensor, mask: torch.Tensor, inputs: M
     def read(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         for name in ("synced_gpus", "streamer"):
             model_kwargs.pop(name, None)
-        with target.recording(
-            layers=(), embeds=False
-        ):  # notes what attention takes, and hides it from the caller's record
+        # Notes what attention takes, and hides it from the caller's record.
+        with target.recording(layers=(), embeds=False):
             outputs = model._prefill(input_ids, generation_config, model_kwargs)
         return ReadPrompt(cache_of(outputs), model_kwargs, outputs.logits[:, -1:])
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import threading
 import uuid
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from types import TracebackType
 from filelock import FileLock
 from transformers.utils import logging
 
+from ..private_files import write_private
 from .likeliest import LikeliestTokens
 from .ngrams import LONGEST, NgramIndex
 
@@ -145,15 +144,4 @@ def _read(path: Path) -> dict[str, list[int]]:
 
 
 def _write(path: Path, answers: dict[str, list[int]]) -> None:
-    """Write a file that is there with all answers or not at all, and that its owner alone can read."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            for entry in answers.items():
-                file.write(json.dumps(entry, separators=(",", ":")) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_private(path, (json.dumps(entry, separators=(",", ":")) + "\n" for entry in answers.items()))

@@ -12,7 +12,7 @@ from ...decoding.drafter import Drafter, Needs, Prefill
 from ...decoding.settings import DraftSettings
 from ...targets.sublayers import sublayers
 from ...targets.target import Target
-from ..fit import describe_target
+from ..fit import check_top_k, describe_target
 from .choice import SublayerChoice
 from .search import SkipSearch
 from .session import SkipSession
@@ -102,11 +102,7 @@ class LayerSkipDrafter(Drafter):
                 f"The drafter was made of one `{type(self.target.model).__name__}` and is asked to draft for another model. "
                 "Make one with `LayerSkipDrafter(target)`."
             )
-        num_tokens = self.target.text_config.vocab_size
-        if settings.tree_top_k > num_tokens:
-            raise ValueError(
-                f"`tree_top_k` ({settings.tree_top_k}) must not exceed the target's `vocab_size` ({num_tokens})."
-            )
+        check_top_k(settings, self.target.text_config.vocab_size, "the target's `vocab_size`")
 
     def start(self, prefill: Prefill, settings: DraftSettings) -> SkipSession:
         return SkipSession(self.choice, prefill, settings)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..private_files import write_private
 
 
 @dataclass
@@ -93,10 +93,6 @@ def read_skip(path: Path, names: Iterable[str], identity: dict[str, Any]) -> tup
 
 
 def write_skip(path: Path, skip: frozenset[str], match: float, identity: dict[str, Any]) -> None:
-    """Write a file as a whole or not at all."""
-    content = {"target": identity, "match": match, "skip": sorted(skip)}
+    """Write the file that [`read_skip`] reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(temporary, path)
+    write_private(path, [json.dumps({"target": identity, "match": match, "skip": sorted(skip)}, indent=1)])
