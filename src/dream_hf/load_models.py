@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike, fspath
@@ -22,13 +22,16 @@ from .drafters.dream.conversion import convert_checkpoint
 from .drafters.dream.drafter import DreamDrafter
 from .drafters.eagle.drafter import EagleDrafter
 from .drafters.eagle.loading import load_eagle
+from .drafters.eagle.probe import probe_eagle
 from .drafters.model.drafter import ModelDrafter
+from .drafters.probe import NUM_TOKENS, Probe, probe_as_it_is
 from .drafters.published_files import read_published_config, read_tensors
 from .drafters.retrieval.drafter import RetrievalDrafter
 from .drafters.skip.drafter import LayerSkipDrafter
 
 DEMO = "demo"
 RETRIEVAL, SKIP, MODEL = "retrieval", "skip", "model:"  # drafters that are made and not loaded
+PROBE = "probe"  # a wiring that is to be found out
 BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
 
 
@@ -90,7 +93,7 @@ def load_drafter(
     target: Any,
     *,
     revision: str | None = None,
-    wiring: Mapping[str, Any] | None = None,
+    wiring: Mapping[str, Any] | str | None = None,
 ) -> Drafter:
     """Load a drafter of any kind for a target, in its dtype and on its device.
 
@@ -103,7 +106,8 @@ def load_drafter(
         target (`PreTrainedModel`): The model to draft for.
         revision (`str`, *optional*): Revision of the drafter on the Hub.
         wiring (`Mapping`, *optional*): What the config of a published EAGLE drafter leaves open or has wrong: fields of
-            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`.
+            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`. `"probe"` asks the target:
+            of all wirings that the weights allow the one that foretells 200 of its tokens best, see [`probe_drafter`].
 
     Returns:
         `Drafter`: What `target.generate(..., assistant_model=drafter)` takes.
@@ -113,8 +117,11 @@ def load_drafter(
         ValueError: A damaged file, a kind that is not read, tensors that are missing or unknown, another target than the
             drafter was made for.
     """
-    if wiring is not None and not isinstance(wiring, Mapping):
-        raise ValueError(f"`wiring` ({wiring!r}) must be a mapping of names to values, or None to go by the config.")
+    if wiring is not None and wiring != PROBE and not isinstance(wiring, Mapping):
+        raise ValueError(
+            f"`wiring` ({wiring!r}) must be a mapping of names to values, {PROBE!r} to ask the target, or None to go "
+            "by the config."
+        )
     name = fspath(source_of(source, "drafter"))
     config = read_published_config(name, revision=revision)
     if config.get("model_type") in OUR_MODEL_TYPES:
@@ -122,6 +129,8 @@ def load_drafter(
         return load_saved(name, config, target.dtype, revision).to(target.device).eval()
     tensors = read_tensors(name, partial(_check_kind, name, config), revision=revision)
     if kind_of(name, config, tensors.keys()) == EAGLE:
+        if isinstance(wiring, str):
+            return probe_eagle(name, config, tensors, target).drafter
         return load_eagle(name, config, tensors, target, wiring)
     _refuse_wiring(name, wiring)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +138,44 @@ def load_drafter(
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
     drafter.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size  # it borrows embedding and head
     return drafter.to(target.device).eval()
+
+
+def probe_drafter(
+    source: str | PathLike,
+    target: Any,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    revision: str | None = None,
+    num_tokens: int = NUM_TOKENS,
+) -> Probe:
+    """Ask a target how well a drafter foretells it, and of a published EAGLE drafter how it is to be wired.
+
+    Of all wirings that the weights allow those are tried that differ from the best one so far in one thing, until none does
+    better: which layers' features are read, where the norms are, how positions are turned, what is read of pictures.
+
+    Args:
+        source (`str` or `os.PathLike`): As for [`load_drafter`].
+        target (`PreTrainedModel`): The model to draft for.
+        inputs (`Sequence[Mapping]`, *optional*): Prompts of one row, as for `generate()`. Only pictures can tell what is read
+            of them. By default the target writes texts of its own.
+        revision (`str`, *optional*): Revision of the drafter on the Hub.
+        num_tokens (`int`): How many tokens of the target's decide.
+
+    Returns:
+        `Probe`: All wirings with their agreement, the best first (`probe.best.wiring`, `print(probe.table())`), and
+        `probe.drafter`, wired that way.
+
+    Raises:
+        OSError, ValueError: As [`load_drafter`]; a prompt of several rows, or texts that end at once.
+        TypeError: A drafter that does not grow trees level by level, and so has no log-probabilities.
+    """
+    name = fspath(source_of(source, "drafter"))
+    config = read_published_config(name, revision=revision)
+    if config.get("model_type") not in OUR_MODEL_TYPES:
+        tensors = read_tensors(name, partial(_check_kind, name, config), revision=revision)
+        if kind_of(name, config, tensors.keys()) == EAGLE:
+            return probe_eagle(name, config, tensors, target, inputs, num_tokens)
+    return probe_as_it_is(name, load_drafter(source, target, revision=revision), target, inputs, num_tokens)
 
 
 def load_saved(source: str, config: Mapping[str, Any], dtype: str | torch.dtype, revision: str | None = None) -> Any:
@@ -164,7 +211,7 @@ def _check_kind(source: str, config: Mapping[str, Any], names: Set[str]) -> None
     kind_of(source, config, names)
 
 
-def _refuse_wiring(source: str, wiring: Mapping[str, Any] | None) -> None:
+def _refuse_wiring(source: str, wiring: Mapping[str, Any] | str | None) -> None:
     if wiring:
         raise ValueError(f"`wiring` ({wiring!r}) is for published EAGLE drafters; the config of {source!r} says all.")
 
