@@ -1,9 +1,12 @@
 """The page without its frame: the states a question leads to, and the HTML and pictures they are written as."""
 
 import re
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html import unescape
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +18,12 @@ from dream_hf import RetrievalDrafter
 from dream_hf.load_models import Models
 from dream_hf.page import app
 from dream_hf.page.answering import NO_PICTURE, NO_QUESTION, PageState, answer
-from dream_hf.page.html import STYLE, write_state
+from dream_hf.page.html import STYLE, TIMES, write_state
 from dream_hf.page.tree_picture import BOX, MARGIN, WIDTH, draw_tree
 from dream_hf.page.watching import Step, WatchedDrafter
+from dream_hf.version import __version__
 
+ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -49,7 +54,7 @@ def test_both_answers_stream_and_are_compared(models, picture):
     assert len(last.plain) == 1
     assert len(last.speculative) <= 1 + len(last.report["accepted_lengths"])
     assert last.step.gained and len(last.texts) == len(last.step.tokens)
-    for earlier, later in zip(states, states[1:], strict=False):
+    for earlier, later in pairwise(states):
         assert "".join(later.plain).startswith("".join(earlier.plain))
         assert "".join(later.speculative).startswith("".join(earlier.speculative))
     doing = list(dict.fromkeys(state.doing for state in states))
@@ -107,7 +112,9 @@ def test_it_ends_in_the_timed_runs_too(models, picture):
 # -- what is watched --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drafter", [lambda target: tiny_drafter(target, tree_depth=3, tree_size=8), lambda _: RetrievalDrafter()])
+@pytest.mark.parametrize(
+    "drafter", [lambda target: tiny_drafter(target, tree_depth=3, tree_size=8), lambda _: RetrievalDrafter()]
+)
 def test_steps_tell_the_whole_answer(drafter):
     target = tiny_target()
     steps = []
@@ -138,7 +145,14 @@ def test_states_are_written_with_runs_and_figures():
     assert '<span class="dream-run-0">&lt;b</span><span class="dream-run-1">&gt;&amp;</span>' in markup
     assert "<pre>&lt;b&gt;&amp;</pre>" in markup and "<b>&" not in markup
     shown = text_of(markup)
-    for figure in ("2.50×", "7tokens", "3.00", "identical answers", "5.00 s, 1 tokens/s", "2.00 s, 4 tokens/s"):
+    for figure in (
+        f"2.50{TIMES}as fast",
+        "7tokens",
+        "3.00",
+        "identical answers",
+        "5.00 s, 1 tokens/s",
+        "2.00 s, 4 tokens/s",
+    ):
         assert figure in shown
     assert "width: 100%" in markup and "width: 40%" in markup
     assert "2 tokens were drafted" in shown and "1 of them kept" in shown
@@ -211,6 +225,17 @@ def test_nothing_lies_over_anything_else(seed):
     for node in range(1, num_nodes):
         above, here = rectangles[parents[node]], rectangles[node]
         assert here[1] >= above[3] or here[0] >= above[2]  # further right, or in a later band
+
+
+# -- the space ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_space_installs_what_the_extra_does():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wheel, *others = (ROOT / "examples/space/requirements.txt").read_text().split()
+    assert wheel == f"dream_hf-{__version__}-py3-none-any.whl" and others == extras["web"]
+    pinned = re.search(r"^gradio==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert f"sdk_version: {pinned}\n" in (ROOT / "examples/space/README.md").read_text()
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

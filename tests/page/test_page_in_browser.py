@@ -1,16 +1,20 @@
 """The page in a real browser: `make test-web`. Skipped where gradio, selenium or Chromium is missing."""
 
 import re
+import runpy
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dream_hf.demo import make_rows
 from dream_hf.load_models import DEMO, load_models
-from dream_hf.page.app import DEMO_NOTE, launch, make_page
+from dream_hf.page import app
 from dream_hf.page.answering import NO_QUESTION
+from dream_hf.page.app import DEMO_NOTE, launch, make_page
+from dream_hf.page.html import TIMES
 
 pytest.importorskip("gradio", reason="needs gradio, extra `web`")
 pytest.importorskip("selenium", reason="needs selenium, extra `browser`")
@@ -20,7 +24,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and its driver (Debian: chromium-driver)")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs chromium and its driver (Debian: chromium-driver)"
+)
+SPACE = Path(__file__).parents[2] / "examples/space"
 LIMIT = 120  # seconds for what takes a few
 
 
@@ -44,7 +51,13 @@ def address(models):
 def browser(address):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1280,900",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -60,7 +73,9 @@ def wait(browser, selector):
 def ask(browser, file, question=None):
     """Upload a picture in place of the one that is there, and press the button."""
     wait(browser, "#answer")
-    if browser.find_elements(By.CSS_SELECTOR, "#picture button[aria-label='Clear'], #picture button[aria-label='Remove Image']"):
+    if browser.find_elements(
+        By.CSS_SELECTOR, "#picture button[aria-label='Clear'], #picture button[aria-label='Remove Image']"
+    ):
         browser.find_element(
             By.CSS_SELECTOR, "#picture button[aria-label='Clear'], #picture button[aria-label='Remove Image']"
         ).click()
@@ -95,7 +110,7 @@ def test_a_picture_is_uploaded_and_answered_in_both_ways(models, address, browse
     assert plain == speculative == answer_of(models, question, row["images"][0])
     assert len(browser.find_elements(By.CSS_SELECTOR, "#dream-speculative pre span")) > 1
     figures = text_of(browser, ".dream-page")
-    assert "identical answers" in figures and re.search(r"\d\.\d\d×as fast", figures) and "(tau)" in figures
+    assert "identical answers" in figures and re.search(rf"\d\.\d\d{TIMES}as fast", figures) and "(tau)" in figures
     assert len(re.findall(r"\d+\.\d\d s, \d+ tokens/s", figures)) == 2
     assert browser.find_elements(By.CSS_SELECTOR, "svg.dream-tree .node.kept rect")
     assert is_dark(browser, "#dream-plain") == (theme == "dark")
@@ -115,9 +130,7 @@ def test_it_fits_a_phone(address, browser):
     browser.find_element(By.CSS_SELECTOR, "#answer").click()
     wait(browser, ".dream-figures")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-    left, right = (
-        browser.find_element(By.CSS_SELECTOR, f"#dream-{name}").rect for name in ("plain", "speculative")
-    )
+    left, right = (browser.find_element(By.CSS_SELECTOR, f"#dream-{name}").rect for name in ("plain", "speculative"))
     assert right["y"] >= left["y"] + left["height"] and left["width"] > 280  # one below the other
     assert not errors_of(browser)
 
@@ -132,6 +145,14 @@ def test_what_is_wrong_is_said_in_the_page(address, browser, tmp_path):
     ask(browser, tmp_path / "whole.png", " ")
     WebDriverWait(browser, LIMIT).until(lambda page: text_of(page, ".dream-error") == NO_QUESTION)
     assert not errors_of(browser)
+
+
+def test_the_space_is_this_page(models, monkeypatch):
+    served = []
+    monkeypatch.setattr(app, "launch", served.append)
+    runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
+    (page,) = served
+    assert "drawn scenes, charts and pages" in str(page.get_config_file())
 
 
 def answer_of(models, question, image):

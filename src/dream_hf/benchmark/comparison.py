@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from ..data.prompts import PromptEncoder
 from .measure import Measurement, measure
 from .methods import Method, drafted
-from ..data.prompts import PromptEncoder
 
 WARMUP_TOKENS = 8
 

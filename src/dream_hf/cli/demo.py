@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from ..load_models import Models
 
 HELP = "Answer a question about a picture, plainly and speculatively: the same answer, sooner."
-EXAMPLE = 'dream-hf demo\n  dream-hf demo --image chart.png --prompt "Describe the chart." --save out.png\n  dream-hf demo --web'
+EXAMPLE = (
+    'dream-hf demo\n  dream-hf demo --image chart.png --prompt "Describe the chart." --save out.png\n'
+    "  dream-hf demo --web  # a page at http://localhost:7860"
+)
 TASKS = ("scene", "chart", "text")
 
 
@@ -105,7 +108,9 @@ def _serve_page(args: argparse.Namespace) -> None:
     """Serve the page until interrupted."""
     for name in ("json", "save"):
         if getattr(args, name):
-            raise ValueError(f"`--web` shows a page, and `--{name}` writes what the terminal would get: leave one of them out.")
+            raise ValueError(
+                f"`--web` shows a page, and `--{name}` writes what the terminal would get: leave one of them out."
+            )
     from ..load_models import DEMO
     from ..page.app import check_gradio, launch, make_page
 

@@ -84,7 +84,9 @@ def _inputs(models: Models, picture: Any, question: str | None) -> Any:
     try:
         image = load_image(picture)
     except (OSError, TypeError) as error:
-        raise ValueError(f"The picture cannot be read: {getattr(error, 'strerror', None) or _reason(error)}") from error
+        raise ValueError(
+            f"The picture cannot be read: {getattr(error, 'strerror', None) or _reason(error)}"
+        ) from error
     return encode(models.processor, question.strip(), image)
 
 
@@ -108,7 +110,8 @@ class _Run:
         self.tokenizer = tokenizer_of(models.processor)
         self.is_stopped, self.is_over = False, False
         self.has_news = threading.Event()
-        self.num_steps, self.step = 0, None
+        self.num_steps = 0
+        self.step: Step | None = None
         self.doing, self.error = "warming up", ""
         self.result: Comparison | None = None
         self.plain = _Pieces(self, "decoding plainly")
@@ -144,7 +147,7 @@ class _Run:
     def state(self) -> PageState:
         """What is to be seen now."""
         step = self.step
-        texts = () if step is None else tuple(self.tokenizer.decode([token]) for token in step.tokens)
+        texts = () if step is None else tuple(str(self.tokenizer.decode([token])) for token in step.tokens)
         report = None if self.result is None else self.result.report()
         return PageState(
             tuple(self.plain.pieces), tuple(self.speculative.pieces), self.doing, texts, step, report, self.error

@@ -15,10 +15,10 @@ from .html import STYLE, write_state
 TITLE = "dream-hf: the same answer, sooner"
 INTRODUCTION = """# The same answer, sooner
 
-The target answers a question about a picture twice: token by token, and with a drafter that proposes a tree of tokens which the
-target verifies at once. What came in one step has one colour."""
-DEMO_NOTE = """**This small target knows drawn scenes, charts and pages of text, and nothing else.** Of a photo it sees a scene, a chart or
-a page. The examples are pictures of its world that it was not trained on."""
+The target answers a question about a picture twice: token by token, and with a drafter, whose trees of tokens it verifies at
+once. What came in one step has one colour."""
+DEMO_NOTE = """**This small target knows drawn scenes, charts and pages of text, and nothing else:** it takes a photo for one
+of them. The examples are pictures of its world that it was not trained on."""
 NUM_DRAWN = 1  # further examples of each kind, drawn when the page is made
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # no font comes from the network
 MONO_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
@@ -39,7 +39,12 @@ def launch(page: Any, host: str | None = None, port: int | None = None, **option
 
     theme = gradio.themes.Default(font=FONTS, font_mono=MONO_FONTS)
     return page.launch(
-        server_name=host, server_port=port, theme=theme, css=STYLE.read_text(encoding="utf-8"), ssr_mode=False, **options
+        server_name=host,
+        server_port=port,
+        theme=theme,
+        css=STYLE.read_text(encoding="utf-8"),
+        ssr_mode=False,
+        **options,
     )
 
 
@@ -79,10 +84,7 @@ def make_page(
         gradio.Markdown(INTRODUCTION + (f"\n\n{DEMO_NOTE}" if is_demo else ""))
         with gradio.Row():
             with gradio.Column(scale=2, min_width=300):
-                field = _picture_field()
-                shown = field(picture, label="Picture", type="filepath", format="png", sources=["upload"], height=280, elem_id="picture")
-                asked = gradio.Textbox(question, label="Question", lines=2, elem_id="question")
-                limit = gradio.Slider(16, 512, max_new_tokens, step=16, label="Longest answer, in tokens")
+                shown, asked, limit = _fields(picture, question, max_new_tokens)
                 button = gradio.Button("Answer", variant="primary", elem_id="answer")
             with gradio.Column(scale=5, min_width=320):
                 answers = gradio.HTML(elem_id="answers")
@@ -102,17 +104,21 @@ def make_page(
     return page
 
 
-def _picture_field() -> Any:
-    """gradio's picture, handed on as the file that came: whether that can be read is said in the page."""
+def _fields(picture: Any, question: str, max_new_tokens: int) -> tuple[Any, Any, Any]:
+    """What is asked about, what is asked, and how long the answer may be."""
     import gradio
 
-    class PictureFile(gradio.Image):
-        is_template = True  # what the browser shows is gradio's own
+    shown = gradio.Image(
+        picture, label="Picture", type="filepath", format="png", sources=["upload"], height=280, elem_id="picture"
+    )
+    shown.preprocess = _path_of
+    asked = gradio.Textbox(question, label="Question", lines=2, elem_id="question")
+    return shown, asked, gradio.Slider(16, 512, max_new_tokens, step=1, label="Longest answer, in tokens")
 
-        def preprocess(self, payload: Any) -> Any:
-            return None if payload is None else payload.path
 
-    return PictureFile
+def _path_of(payload: Any) -> str | None:
+    """The file that came for a picture, not decoded: whether that can be done is said in the page."""
+    return None if payload is None else payload.path
 
 
 def _examples() -> Sequence[list[str]]:

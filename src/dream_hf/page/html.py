@@ -10,6 +10,7 @@ from .tree_picture import draw_tree
 
 STYLE = Path(__file__).with_name("style.css")
 NUM_TINTS = 5
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def write_state(state: PageState) -> str:
@@ -29,7 +30,7 @@ def write_state(state: PageState) -> str:
 def _summary(state: PageState) -> str:
     report = state.report or {}
     same = "identical answers" if report["identical"] else "the answers are NOT identical"
-    figures = [(f"{report['speedup']:.2f}×", "as fast"), (str(report["num_tokens"]), "tokens")]
+    figures = [(f"{report['speedup']:.2f}{TIMES}", "as fast"), (str(report["num_tokens"]), "tokens")]
     if report["tau"] is not None:
         figures.append((f"{report['tau']:.2f}", "tokens a step (tau)"))
     shown = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in figures)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, MARGIN = 770, 6  # of a picture, in pixels
+WIDTH, MARGIN = 580, 6  # of a picture, in pixels
 ROW, BOX, GAP, BAND_GAP = 26, 19, 12, 12  # heights of a row and of a box, between columns, between bands
 LETTER, PADDING = 7.2, 5  # a letter of 12 pixels in a font of even width, and room beside the text
 LONGEST = 14  # letters shown of a token
@@ -80,9 +80,7 @@ def _places(texts: Sequence[str], parents: Sequence[int], path: Collection[int])
         deepest = max(row for row, depth in zip(rows, depths, strict=True) if bands[depth] == number)
         top += (deepest + 1) * ROW + BAND_GAP
     return [
-        Place(
-            lefts[depth], tops[bands[depth]] + row * ROW, len(text) * LETTER + 2 * PADDING, bands[depth]
-        )
+        Place(lefts[depth], tops[bands[depth]] + row * ROW, len(text) * LETTER + 2 * PADDING, bands[depth])
         for text, depth, row in zip(texts, depths, rows, strict=True)
     ]
 
@@ -123,9 +121,9 @@ def _edges(parent: Place, child: Place, width: float) -> list[str]:
 
 
 def _curve(x: float, y: float, to_x: float, to_y: float) -> str:
-    bend = min(GAP, to_x - x)
-    start = to_x - bend  # straight to the column before the child's, then down
-    return f"M{x:.1f} {y:.1f}H{start:.1f}C{start + bend / 2:.1f} {y:.1f} {start + bend / 2:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
+    start = max(to_x - GAP, x)  # straight to the column before the child's, then down
+    bend = (start + to_x) / 2
+    return f"M{x:.1f} {y:.1f}H{start:.1f}C{bend:.1f} {y:.1f} {bend:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
 
 
 def _box(text: str, place: Place, name: str) -> str:
