@@ -21,9 +21,9 @@ test: .venv/installed  ## Run the tests on two processes
 test-oldest: .venv-oldest/installed  ## Run the core of the tests with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses 2 $(OLDEST_TESTS)
 
-test-web: .venv/installed  ## Run the page in a headless Chromium (Debian: apt-get install chromium chromium-driver)
+test-web: .venv/installed  ## Run the page in a headless Chromium, and the example with FastAPI (Debian: apt-get install chromium chromium-driver)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
-	$(BIN)/python -m pytest -rs tests/page
+	$(BIN)/python -m pytest -rs tests/page tests/test_examples.py
 
 .venv-oldest/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

@@ -4,15 +4,18 @@ import re
 import runpy
 import shutil
 import socket
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dream_hf.demo import make_rows
+from dream_hf.demo.pictures import bundled_picture
 from dream_hf.load_models import DEMO, load_models
 from dream_hf.page import app
-from dream_hf.page.answering import NO_QUESTION
+from dream_hf.page.answering import NO_QUESTION, THREAD
 from dream_hf.page.app import DEMO_NOTE, launch, make_page
 from dream_hf.page.html import TIMES
 
@@ -36,15 +39,21 @@ def models():
     return load_models(DEMO, DEMO, dtype="float32", device="cpu")
 
 
-@pytest.fixture(scope="module")
-def address(models):
-    page = make_page(models, question="Describe the picture.", max_new_tokens=64, is_demo=True)
+@contextmanager
+def serving(page):
+    """The address of a page that is served while in the block."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launch(page, "localhost", port, prevent_thread_lock=True, quiet=True)
     yield f"http://localhost:{port}/"
     page.close()
+
+
+@pytest.fixture(scope="module")
+def address(models):
+    with serving(make_page(models, question="Describe the picture.", max_new_tokens=64, is_demo=True)) as address:
+        yield address
 
 
 @pytest.fixture
@@ -145,6 +154,17 @@ def test_what_is_wrong_is_said_in_the_page(address, browser, tmp_path):
     ask(browser, tmp_path / "whole.png", " ")
     WebDriverWait(browser, LIMIT).until(lambda page: text_of(page, ".dream-error") == NO_QUESTION)
     assert not errors_of(browser)
+
+
+def test_an_answer_ends_when_its_page_is_closed(models, browser):
+    page = make_page(models, picture=str(bundled_picture("scene")[0]), question="Describe.", repeats=10_000)
+    with serving(page) as address:
+        browser.get(address)
+        wait(browser, "#answer").click()
+        wait(browser, "#dream-plain")
+        assert THREAD in {thread.name for thread in threading.enumerate()}
+        browser.get("about:blank")
+        WebDriverWait(browser, LIMIT).until(lambda _: THREAD not in {thread.name for thread in threading.enumerate()})
 
 
 def test_the_space_is_this_page(models, monkeypatch):

@@ -21,6 +21,7 @@ from .watching import Step, WatchedDrafter
 
 logger = logging.getLogger(__name__)
 
+THREAD = "dream-hf page"
 NO_PICTURE = "There is no picture: upload one, or choose one of the examples."
 NO_QUESTION = "There is no question: write what you want to know about the picture."
 
@@ -127,7 +128,7 @@ class _Run:
             (self.plain, self.speculative),
             _Pulse(self),
         )
-        self.thread = threading.Thread(target=self._work, name="dream-hf page", daemon=True)
+        self.thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
     def states(self) -> Iterator[PageState]:
         """The state whenever there is news, to the last."""
