@@ -26,7 +26,9 @@ class EagleSession(PairedSession):
             state.read(embeds, features, positions, counts.tolist(), pictures)
             return
         embeds, is_image = embeds.to(drafter.device, drafter.dtype), is_image.to(drafter.device)
-        before = embeds.new_zeros(len(embeds), 1, embeds.shape[-1]) if state.pictures is None else state.pictures.context
+        before = (
+            embeds.new_zeros(len(embeds), 1, embeds.shape[-1]) if state.pictures is None else state.pictures.context
+        )
         rows = compressed(drafter.image_adaptor, embeds, is_image, before)
         # What is left moves together; every row of text keeps its position.
         places = torch.arange(embeds.shape[1], device=drafter.device)
