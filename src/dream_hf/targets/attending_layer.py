@@ -13,6 +13,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from .target import Target
 
 FULL_ATTENTION = "full_attention"
+# Text models whose checkpoints bring a head that joins normed embedding and normed feature, in this order, before such a layer.
+MTP_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
@@ -42,12 +43,14 @@ class MTPDrafter(MTPModel, Drafter):
         super().__init__(parts)
         if image_rows not in IMAGE_ROWS:
             raise ValueError(f"`image_rows` ({image_rows!r}) must be one of {', '.join(IMAGE_ROWS)}.")
-        self.config.target = dict(target)
-        self.image_rows, self._settings = image_rows, settings or DraftSettings()
+        self.image_rows, self.config.target = image_rows, dict(target)
+        for name, value in asdict(settings or DraftSettings()).items():
+            setattr(self.config, name, value)
 
     @property
     def settings(self) -> DraftSettings:
-        return self._settings
+        """As its config says."""
+        return DraftSettings.of(self.config)
 
     @property
     def needs(self) -> Needs:

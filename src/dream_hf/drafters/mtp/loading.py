@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from ...targets.attending_layer import attending_layer
+from ...targets.attending_layer import MTP_FAMILIES, attending_layer
 from ...targets.target import Target
 from ..attention import SEEN
 from ..checkpoint_files import check_shapes
@@ -17,7 +17,6 @@ from ..fit import describe_target
 from .drafter import MTPDrafter
 from .published import PREFIX, renamed
 
-FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")  # whose heads are wired as `MTPModel`
 REMEDY = "Get the checkpoint again; if it is whole, its head is of a kind that is not read."
 SAME = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")
 
@@ -66,8 +65,8 @@ def _check_target(fields: Mapping[str, Any], target: Target) -> None:
         theirs, ours = getattr(config, name, None), getattr(target.text_config, name)
         if theirs != ours:
             raise ValueError(f"it belongs to a model with `{name}` {theirs!r}, and this target's is {ours!r}")
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"it is a {config.model_type!r}'s, and those of {', '.join(FAMILIES)} are read")
+    if config.model_type not in MTP_FAMILIES:
+        raise ValueError(f"it is a {config.model_type!r}'s, and those of {', '.join(MTP_FAMILIES)} are read")
     for name in ("mtp_num_hidden_layers", "num_nextn_predict_layers"):
         if getattr(config, name, 1) not in (None, 1):
             raise ValueError(f"it has {getattr(config, name)} layers (`{name}`); heads of one layer are read")
