@@ -9,7 +9,7 @@ from dream_hf.drafters.dream import configuration as configuration_dream
 @pytest.fixture(autouse=True)
 def drafting_in_every_step(monkeypatch):
     """New drafters pause soon if they are as bad as untrained ones; tests want them to draft (but for one in test_pausing)."""
-    monkeypatch.setattr(configuration_dream, "NEW_DRAFTERS_PAUSE_BELOW", 0.0)
+    monkeypatch.setattr(configuration_dream, "NEW_DRAFTERS", {})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -148,17 +148,17 @@ def test_a_threshold_that_is_none(value):
 def as_released(monkeypatch):
     """With the value that new drafters start with outside the tests."""
     monkeypatch.undo()
-    return configuration_dream.NEW_DRAFTERS_PAUSE_BELOW
+    return configuration_dream.NEW_DRAFTERS
 
 
 def test_new_drafters_pause_and_saved_ones_keep_their_value(as_released, tmp_path):
     target = family("llava_clip_llama").make_target()
     inputs = family("llava_clip_llama").make_inputs(target)
     drafter = DreamDrafter.for_target(target)
-    assert drafter.config.pause_below == as_released > 1
+    assert as_released.items() <= vars(drafter.config).items() and drafter.config.pause_below > 1
     num_drafted = (generate(target, inputs, assistant_model=drafter, max_new_tokens=64).drafted_lengths > 0).sum()
     assert PROBE <= num_drafted <= 16
-    for value in (0.0, as_released, 2.0):
+    for value in (0.0, as_released["pause_below"], 3.0):
         given = DreamDrafter.for_target(target, pause_below=value) if value else DreamDrafter(DreamConfig(**SMALL))
         given.save_pretrained(tmp_path / str(value))
         saved = DreamConfig.from_pretrained(tmp_path / str(value))

@@ -496,6 +496,22 @@ def test_only_the_first_tree_forward_is_watched(monkeypatch):
     assert len(calls) <= 2  # over a tree, and over a root alone
 
 
+def test_paused_steps_are_plain_ones(implementations, monkeypatch):
+    """Roots alone need no mask of ours, and so no other implementation than the target's."""
+    widths = []
+
+    def counted(module, query, *given, **named):
+        widths.append(query.shape[2])
+        return flash(module, query, *given, **named)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, FLASH, counted)
+    target = make_target("llama", FLASH)
+    inputs, drafter = make_inputs("llama", target), untrained(target, **SMALL_TREE, pause_below=100.0)
+    out = generate(target, inputs, assistant_model=drafter, max_new_tokens=12)
+    num_plain = (out.drafted_lengths == 0).sum().item()
+    assert num_plain > 4 and widths.count(1) == num_plain * target.config.num_hidden_layers
+
+
 def test_layers_that_the_user_compiled_are_watched():
     target = make_target("llama", "sdpa")
     inputs, drafter = make_inputs("llama", target), untrained(target, **SMALL_TREE)

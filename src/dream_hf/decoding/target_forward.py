@@ -6,7 +6,7 @@ B rows, N nodes of a tree, P nodes of an accepted path, H width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class TargetForward:
             tree = self._pad(tree)
             lengths = self.slots.tensor(tree.tokens.device)
             self.states.begin(NodePaths(tree.parents, tree.depths, tree.ancestors))
-            with tree_scope(TreeScope(lengths, tree.depths, tree.ancestors)):
+            with self._scope(tree, lengths):
                 outputs = self._run(self._inputs(tree.tokens, tree.depths, lengths), tree.num_nodes)
             self._check_states()
             return outputs
@@ -158,6 +158,15 @@ class TargetForward:
         with phase(CACHE_WORK):
             for layer in self.layers:
                 layer.keep(path)
+
+    def _scope(self, tree: DraftTree, lengths: torch.Tensor) -> AbstractContextManager[None]:
+        """Where a forward sees `tree` behind `lengths` (B,) verified slots.
+
+        Roots alone behind texts of one length are a step of plain decoding: no mask of ours, the attention that the target has.
+        """
+        if tree.num_nodes == 1 and self.slots.longest == self.slots.shortest and not self.states.layers:
+            return nullcontext()
+        return tree_scope(TreeScope(lengths, tree.depths, tree.ancestors))
 
     def _inputs(self, tokens: torch.Tensor, depths: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
         """What the target's forward takes for `tokens` (B, Q), the last nodes of a tree behind `lengths` (B,) verified slots.

@@ -44,12 +44,12 @@ class TreeProof:
 
     @contextmanager
     def watching(self, num_nodes: int) -> Iterator[None]:
-        """Watch a forward in a tree scope, if it is the first of its kind.
+        """Watch a forward, if it is the first of its kind in a tree scope.
 
         Raises:
             RuntimeError: Not all layers used the tree's mask.
         """
-        if not self.is_missing(num_nodes):
+        if current_tree() is None or not self.is_missing(num_nodes):
             yield
             return
         mixers = state_mixers(self.decoder)

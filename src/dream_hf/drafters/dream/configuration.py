@@ -17,8 +17,8 @@ from .reading import Reading
 BLOCK_TYPES = ("initial", "cross", "final")
 MAX_PARAMETERS = 20_000_000_000
 MAX_BLOCKS = 64
-# About what a step with a tree of the default shape costs, in plain steps. An untrained drafter gains 1.0 to 1.5 tokens.
-NEW_DRAFTERS_PAUSE_BELOW = 1.5
+# A step with a tree of the default shape costs 1.3 to 2 plain steps, and an untrained drafter gains 1.0 to 1.5 tokens in one.
+NEW_DRAFTERS = {"pause_below": 2.0, "tree_min_level_probability": 0.2, "tree_min_node_probability": 0.02}
 
 
 @strict
@@ -59,7 +59,8 @@ class DreamConfig(PreTrainedConfig):
             on average, bonus included: set it to what a drafted step costs, in steps of plain decoding. Trees are then also
             no deeper than twice what the best of these steps gained. With 0 every step drafts a full tree; anything up to 1
             never pauses, for every step gains a token. The output stays exact. New drafters
-            ([`DreamDrafter.for_target`]) start with 1.5, so that one that knows nothing yet costs little; a saved value stays.
+            ([`DreamDrafter.for_target`]) start with 2.0, a least probability of 0.2 for levels and of 0.02 for nodes, so that
+            one that knows nothing yet costs little; saved values stay.
         visual_keep_ratio (`float`): Share of the visual tokens kept in the drafter's prompt (paper, section 3.3); 0 for none.
         visual_importance (`str`): Which visual tokens are kept: `"attention"` ranks them by the attention they receive from
             the prompt in the target's last layer (paper), `"novelty"` by how unlike those before them their features are,
@@ -230,7 +231,7 @@ class DreamConfig(PreTrainedConfig):
             "max_position_embeddings": getattr(text, "max_position_embeddings", cls.max_position_embeddings),
             "rope_parameters": _plain_rope_parameters(text),
             "target": describe_target(target_config),
-            "pause_below": NEW_DRAFTERS_PAUSE_BELOW,
+            **NEW_DRAFTERS,
         }
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             derived[name] = getattr(target_config, name, None)
