@@ -9,7 +9,7 @@ import mtp_reference as reference
 import pytest
 import torch
 import transformers as hf
-from distributions import NUM_TOKENS, _flat_target
+from distributions import NUM_TOKENS, _flat_target, extended, repeated
 from double import TIGHT
 from families import family
 from family_configs import TEXT_IDS, VOCAB_SIZE
@@ -185,19 +185,19 @@ def test_rows_with_pictures_are_drafted_as_if_alone(images, publish):
 @pytest.mark.parametrize("batch", [1, 3])
 @every_family
 def test_a_chat_goes_on(name, batch, publish):
-    """Two turns: what was read is not read again, and the second drafts as if all had been read at once."""
+    """Two turns, a picture in the first: what was read is not read again, and the second drafts as if all were read at once."""
     target, watch = target_of(name), Watch(drafter_for(name, publish, **WIDE))
-    inputs = {"input_ids": family(name).make_inputs(target, images=0)["input_ids"].expand(batch, -1)}
+    inputs = repeated(family(name).make_inputs(target), batch)
     first = generate(target, inputs, max_new_tokens=20, assistant_model=watch)
-    text = {"input_ids": torch.cat([first.sequences, inputs["input_ids"][:, 2:7]], dim=1)}
+    ids = torch.cat([first.sequences, inputs["input_ids"][:, -5:]], dim=1)
+    whole = extended(inputs, ids[:, inputs["input_ids"].shape[1] :])
+    expected = generate(target, whole, max_new_tokens=20)
     watch.trees.clear()
-    mask = {"attention_mask": torch.ones_like(text["input_ids"])}
-    expected = generate(target, text | mask, max_new_tokens=20)
-    assert_same_tokens(
-        expected, generate(target, text, max_new_tokens=20, assistant_model=watch, **{CACHE: cache_of(first)})
-    )
+    cache = {CACHE: cache_of(first)}
+    out = generate(target, {"input_ids": ids}, max_new_tokens=20, assistant_model=watch, **cache)
+    assert_same_tokens(expected, out)
     anew = Watch(drafter_for(name, publish, **WIDE))
-    generate(target, text | mask, max_new_tokens=20, assistant_model=anew)
+    assert_same_tokens(expected, generate(target, whole, max_new_tokens=20, assistant_model=anew))
     assert torch.equal(watch.trees[0][1].tokens, anew.trees[0][1].tokens)
 
 

@@ -21,7 +21,7 @@ from test_mtp import FAMILIES, publish, target_of
 import dream_hf
 from dream_hf import MTPDrafter
 from dream_hf.cli import main
-from dream_hf.drafters import published_files
+from dream_hf.drafters import checkpoint_files, published_files
 from dream_hf.targets.target import Target
 
 __all__ = ["publish"]  # a fixture
@@ -94,6 +94,28 @@ def test_commands_take_the_target_s_own_head(folder, capsys, tmp_path):
     hf.AutoTokenizer.from_pretrained(folder).save_pretrained(bare)
     message = refusal(capsys, *[str(bare) if part == str(folder) else part for part in command], "--drafter", "mtp")
     assert "no drafter that can be told" in message and "`mtp.` tensors" in message and str(bare) in message
+
+
+def test_a_target_in_the_cache_is_enough(folder, monkeypatch):
+    """Offline nobody knows whether the Hub has what the cache has not; the target's index and shards are there."""
+    target = hf.AutoModelForCausalLM.from_pretrained(folder)
+    target.config._name_or_path, target.config._commit_hash = "Qwen/something", "abc"
+    asked = []
+
+    def fetch(source, name, is_optional=False, **hub):
+        asked.append((source, hub["revision"]))
+        if not (folder / name).is_file() and not is_optional:
+            raise OSError("the Hub could not be reached")
+        return folder / name if (folder / name).is_file() else None
+
+    monkeypatch.setattr(published_files, "fetch_file", fetch)
+    monkeypatch.setattr(checkpoint_files, "fetch_file", fetch)
+    assert isinstance(dream_hf.load_drafter("mtp", target), MTPDrafter)
+    assert set(asked) == {("Qwen/something", "abc")}
+    monkeypatch.setattr(published_files, "WEIGHTS", ("a.safetensors",))
+    monkeypatch.setattr(published_files, "INDEX", "b.json")
+    with pytest.raises(OSError, match="the Hub could not be reached"):
+        dream_hf.load_drafter("mtp", target)
 
 
 def test_a_target_that_came_from_no_files_has_no_head_of_its_own():

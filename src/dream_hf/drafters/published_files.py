@@ -40,11 +40,12 @@ def read_tensors(source: str, choose: Callable[[Set[str]], Set[str]] | None = No
         ValueError: A file is damaged or holds something else.
     """
     for name in WEIGHTS:
-        file = fetch_file(source, name, **hub)
+        file = fetch_file(source, name, is_optional=True, **hub)
         if file is not None:
             return _read_single(source, file, choose)
-    index = fetch_file(source, INDEX, **hub)
+    index = fetch_file(source, INDEX, is_optional=True, **hub)
     if index is None:
+        fetch_file(source, INDEX, **hub)  # raises where the Hub could not be asked
         raise OSError(f"`source` ({source!r}) has none of {', '.join(WEIGHTS)}.")
     shard_of = weight_map(source, index)
     wanted = shard_of.keys() if choose is None else choose(shard_of.keys())
