@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
     from .drafters.inspection import draft_log_probs as draft_log_probs
     from .drafters.model.drafter import ModelDrafter as ModelDrafter
+    from .drafters.mtp.drafter import MTPDrafter as MTPDrafter
     from .drafters.retrieval.drafter import RetrievalDrafter as RetrievalDrafter
     from .drafters.retrieval.lookup import PromptLookupDrafter as PromptLookupDrafter
     from .drafters.retrieval.store import RetrievalStore as RetrievalStore
@@ -52,6 +53,7 @@ _MODULES = {
     "EagleConfig": "drafters.eagle.configuration",
     "EagleDrafter": "drafters.eagle.drafter",
     "LayerSkipDrafter": "drafters.skip.drafter",
+    "MTPDrafter": "drafters.mtp.drafter",
     "ModelDrafter": "drafters.model.drafter",
     "PromptLookupDrafter": "drafters.retrieval.lookup",
     "RetrievalDrafter": "drafters.retrieval.drafter",
