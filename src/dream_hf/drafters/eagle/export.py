@@ -68,6 +68,7 @@ def _check_expressible(config: EagleConfig, format: str) -> None:
         "attention_output_bias": config.attention_output_bias != config.attention_bias
         if format == SPECULATORS
         else False,
+        "feature_layers": format == SPECULATORS and len(set(config.feature_layers)) < len(config.feature_layers),
         "has_final_norm": format == SPECULATORS and not config.has_final_norm,
         "is_feedback_normed": format == EAGLE3 and config.is_feedback_normed,
         "num_hidden_layers": format == EAGLE3 and config.num_hidden_layers > 1,
@@ -87,7 +88,8 @@ def _speculators(drafter: EagleDrafter, target: Target) -> tuple[dict[str, Any],
         "accept_tolerance": 0.0,
         "verifier_accept_k": 1,
     }
-    verifier = {"name_or_path": _name_of(target), "architectures": [type(target.model).__name__]}
+    name = getattr(target.model.config, "_name_or_path", "") or None  # where its readers look for the target
+    verifier = {"name_or_path": name, "architectures": [type(target.model).__name__]}
     layer = {
         **_shape(config),
         "model_type": (Qwen3Config if config.has_qk_norm else LlamaConfig).model_type,
@@ -173,14 +175,8 @@ def _theta(config: EagleConfig) -> float:
     return float((config.rope_parameters or {}).get("rope_theta", config.default_theta))
 
 
-def _name_of(target: Target) -> str | None:
-    """The target's name, unless it is a folder of somebody's."""
-    name = getattr(target.model.config, "_name_or_path", "") or None
-    return None if name is None or Path(name).exists() else name
-
-
 def _tensors(drafter: EagleDrafter, target: Target) -> Tensors:
-    """All weights by speculators' names, a borrowed head among them, and which tokens the head knows."""
+    """All weights by speculators' names, a borrowed head among them, and which tokens the head knows if not all."""
     config = drafter.config
     ids = drafter.draft_token_ids
     ids = torch.arange(config.vocab_size) if ids is None else ids.cpu()
@@ -188,6 +184,7 @@ def _tensors(drafter: EagleDrafter, target: Target) -> Tensors:
     tensors = {name: weight.data for name, weight in drafter.named_parameters()}
     if "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = head.data.cpu()[ids].to(drafter.dtype)
-    tensors["d2t"] = ids - torch.arange(len(ids))
-    tensors["t2d"] = torch.isin(torch.arange(config.vocab_size), ids)
+    if drafter.draft_token_ids is not None:
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.isin(torch.arange(config.vocab_size), ids)
     return tensors
