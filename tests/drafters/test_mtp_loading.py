@@ -16,6 +16,7 @@ from lossless import assert_same_tokens, gains, generate
 from processors import train_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_attaching import trusting
 from test_mtp import FAMILIES, publish, target_of
 
 import dream_hf
@@ -24,7 +25,7 @@ from dream_hf.cli import main
 from dream_hf.drafters import checkpoint_files, published_files
 from dream_hf.targets.target import Target
 
-__all__ = ["publish"]  # a fixture
+__all__ = ["publish", "trusting"]  # fixtures
 
 PATH = [7, 50, 33, 12]
 SHARD = "model-2.safetensors"
@@ -94,6 +95,16 @@ def test_commands_take_the_target_s_own_head(folder, capsys, tmp_path):
     hf.AutoTokenizer.from_pretrained(folder).save_pretrained(bare)
     message = refusal(capsys, *[str(bare) if part == str(folder) else part for part in command], "--drafter", "mtp")
     assert "no drafter that can be told" in message and "`mtp.` tensors" in message and str(bare) in message
+
+
+def test_a_folder_that_decodes_with_its_own_head(folder, trusting, tmp_path, caplog):
+    assert main(["attach", str(folder), "mtp", str(tmp_path / "both")]) == 0
+    ids, more = torch.tensor([[5, 9, 42, 17]]), {"max_new_tokens": 12, "do_sample": False}
+    target = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "both", trust_remote_code=True)
+    with caplog.at_level("INFO", "dream_hf"):
+        answer = target.generate(ids, **more)
+    assert any("tau" in record.getMessage() for record in caplog.records)
+    assert torch.equal(answer, hf.AutoModelForCausalLM.from_pretrained(folder).generate(ids, **more))
 
 
 def test_a_target_in_the_cache_is_enough(folder, monkeypatch):
