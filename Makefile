@@ -1,4 +1,4 @@
-.PHONY: demo test test-oldest style quality
+.PHONY: demo test test-oldest test-web style quality release-check
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +21,10 @@ test: .venv/installed  ## Run the tests on two processes
 test-oldest: .venv-oldest/installed  ## Run the core of the tests with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses 2 $(OLDEST_TESTS)
 
+test-web: .venv/installed  ## Run the page in a headless Chromium, and the example with FastAPI (Debian: apt-get install chromium chromium-driver)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m pytest -rs tests/page tests/test_examples.py
+
 .venv-oldest/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/^transformers==.*/transformers==5.20.2/' constraints.txt > .venv-oldest/constraints.txt
@@ -35,3 +39,17 @@ quality: .venv/installed  ## What must be clean before a commit
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/mypy
+
+RELEASE := .venv-release
+
+release-check:  ## Build the sdist and the wheel, check both, and run the demo from the wheel in an empty environment
+	rm -rf $(RELEASE) dist build
+	$(PYTHON) -m venv $(RELEASE)/build
+	$(RELEASE)/build/bin/python -m pip install --quiet build twine
+	$(RELEASE)/build/bin/python -m build --outdir dist .
+	$(RELEASE)/build/bin/twine check --strict dist/*
+	! $(PYTHON) -m zipfile --list dist/*.whl | grep --extended-regexp "(^|/)(tests|benchmarks|examples)/"
+	$(PYTHON) -m venv $(RELEASE)/empty
+	$(RELEASE)/empty/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
+	cd $(RELEASE) && empty/bin/dream-hf demo --json --repeats 1 | tee demo.json
+	grep --quiet '"identical": true' $(RELEASE)/demo.json

@@ -25,6 +25,7 @@ LAYERS = [
     ["data"],
     ["training", "regeneration"],
     ["benchmark", "demo"],
+    ["page"],
     ["cli"],
     ["registration", "compression", "conversion"],  # registration hands calls to the loop, when they come
     ["__init__"],

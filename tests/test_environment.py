@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_line import refusal_in_one_line
 from processors import train_tokenizer
 from tiny_pair import tiny_drafter, tiny_processor, tiny_target
 from torch import nn
 
+import dream_hf
 from dream_hf import dream_chain_generate, dream_generate
 from dream_hf.data.prompts import PromptEncoder
 from dream_hf.drafters import fit
@@ -35,6 +37,14 @@ def test_the_oldest_python_is_declared_once_and_for_all():
     assert settings["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
     assert settings["tool"]["mypy"]["python_version"] == oldest
     assert f"Python {oldest}" in (ROOT / "README.md").read_text()
+
+
+def test_the_version_is_the_same_wherever_it_is_written():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == dream_hf.__version__ and citation["license"] == "Apache-2.0"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["abstract"] == settings["description"]
+    assert citation["preferred-citation"]["url"] == settings["urls"]["Paper"]
 
 
 def test_extras_that_documents_name_exist():

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .drafters.skip.drafter import LayerSkipDrafter as LayerSkipDrafter
     from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from .load_models import load_drafter as load_drafter
+    from .load_models import probe_drafter as probe_drafter
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
     from .training.trainer import DreamTrainer as DreamTrainer
 
@@ -63,6 +64,7 @@ _MODULES = {
     "dream_generate": "decoding.loop",
     "draft_log_probs": "drafters.inspection",
     "load_drafter": "load_models",
+    "probe_drafter": "load_models",
     "suggested_shape": "drafters.dream.shape",
     "weight_ratio": "drafters.dream.shape",
 }

@@ -10,9 +10,9 @@ from PIL import Image, ImageFont
 from processors import make_image
 from tiny_pair import save_pair
 
+from dream_hf.benchmark.comparison import Comparison
 from dream_hf.benchmark.measure import Measurement
 from dream_hf.cli import answer_card, main
-from dream_hf.cli.comparison import Comparison
 from dream_hf.demo import TASKS, load_pair, make_rows, pictures
 from dream_hf.load_models import BUNDLED
 

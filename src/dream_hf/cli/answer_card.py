@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .comparison import Comparison
+from ..benchmark.comparison import Comparison
 
 WIDTH, MARGIN, PICTURE, LINE = 1000, 24, 320, 24
 TEXT_SIZE = 15

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import DRAFTERS, add_json, open_picture, quiet, whole_number
 
+if TYPE_CHECKING:
+    from ..load_models import Models
+
 HELP = "Answer a question about a picture, plainly and speculatively: the same answer, sooner."
-EXAMPLE = 'dream-hf demo\n  dream-hf demo --image chart.png --prompt "Describe the chart." --save out.png'
+EXAMPLE = (
+    'dream-hf demo\n  dream-hf demo --image chart.png --prompt "Describe the chart." --save out.png\n'
+    "  dream-hf demo --web  # a page at http://localhost:7860"
+)
 TASKS = ("scene", "chart", "text")
 
 
@@ -32,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="FILE", help="write a picture of the image, the answer and each step's gain")
     parser.add_argument("--font", metavar="FILE", help="font of the saved picture; Pillow's own by default")
     add_json(parser)
+    page = parser.add_argument_group("in a browser")
+    page.add_argument("--web", action="store_true", help="serve a page that asks about any picture (extra `web`)")
+    page.add_argument("--host", default="localhost", help="address to listen at (localhost)")
+    page.add_argument("--port", type=int, default=7860, help="port to listen at (7860)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,18 +54,23 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "`--target` needs `--drafter`: name a drafter, for example retrieval, which fits all targets."
         )
+    if args.web:
+        _serve_page(args)
+        return
     image, prompt = _picture(args)
     if args.save is not None:
         from .answer_card import check_card
 
         check_card(args.save, args.font)
     quiet()
-    from .comparison import compare, encode
+    from ..benchmark.comparison import compare, encode
 
-    target, drafter, processor = _load(args)
-    inputs = encode(processor, prompt, image)
-    streams = (None, None) if args.json else _streams(target, processor, prompt, args.color)
-    result = compare(target, drafter, processor, inputs, args.max_new_tokens, args.repeats, streams)
+    models = _load(args)
+    inputs = encode(models.processor, prompt, image)
+    streams = (None, None) if args.json else _streams(models.target, models.processor, prompt, args.color)
+    result = compare(
+        models.target, models.drafter, models.processor, inputs, args.max_new_tokens, args.repeats, streams
+    )
     report = {**result.report(), "prompt": prompt, "task": None if args.image else args.task}
     if args.json:
         print(json.dumps(report))
@@ -81,13 +96,36 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _load(args: argparse.Namespace) -> Models:
     from ..load_models import DEMO, load_models, pick_dtype
 
     if args.target is None and isinstance(pick_dtype(args.dtype), str):
         raise ValueError(f"`--dtype` ({args.dtype!r}) must be float32, bfloat16 or float16 for the bundled pair.")
-    models = load_models(args.target or DEMO, args.drafter or DEMO, dtype=args.dtype, device=args.device)
-    return models.target, models.drafter, models.processor
+    return load_models(args.target or DEMO, args.drafter or DEMO, dtype=args.dtype, device=args.device)
+
+
+def _serve_page(args: argparse.Namespace) -> None:
+    """Serve the page until interrupted."""
+    for name in ("json", "save"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`--web` shows a page, and `--{name}` writes what the terminal would get: leave one of them out."
+            )
+    from ..load_models import DEMO
+    from ..page.app import check_gradio, launch, make_page
+
+    check_gradio()
+    is_demo = args.target in (None, DEMO)
+    image, prompt = _picture(args) if is_demo or args.image is not None else (None, args.prompt or "")
+    page = make_page(
+        _load(args),
+        picture=image,
+        question=prompt,
+        max_new_tokens=args.max_new_tokens,
+        repeats=args.repeats,
+        is_demo=is_demo,
+    )
+    launch(page, args.host, args.port)
 
 
 def _picture(args: argparse.Namespace) -> tuple[Any, str]:

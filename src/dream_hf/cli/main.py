@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..version import __version__
-from . import attach, bench, convert, demo, generate, info, push, regenerate, serve, train
+from . import attach, bench, convert, demo, generate, info, probe, push, regenerate, serve, train
 from .options import Parser
 
 COMMANDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
     "push": push,
     "info": info,
+    "probe": probe,
     "attach": attach,
     "serve": serve,
 }

@@ -6,8 +6,7 @@ import os
 import sys
 from typing import Any
 
-import torch
-from transformers.generation.streamers import BaseStreamer
+from ..page.streamed_text import StreamedText
 
 COLORS = (36, 33, 32, 35, 34)  # cyan, yellow, green, magenta, blue: readable on light and dark
 SEPARATOR = "|"
@@ -20,7 +19,7 @@ def wants_color(choice: str) -> bool:
     return choice == "always"
 
 
-class StepStreamer(BaseStreamer):
+class StepStreamer(StreamedText):
     """
     Prints an answer token by token.
 
@@ -32,38 +31,23 @@ class StepStreamer(BaseStreamer):
     """
 
     def __init__(self, tokenizer: Any, title: str, target: Any = None, is_colored: bool = False) -> None:
-        self.tokenizer, self.title, self.is_colored = tokenizer, title, is_colored
-        self.token_ids: list[int] = []
-        self.shown = ""
+        super().__init__(tokenizer)
+        self.title, self.is_colored = title, is_colored
         self.step = self.shown_step = 0
-        self.has_prompt = False
         self.shows_steps = target is not None
         self.hook = None if target is None else target.register_forward_hook(self._next_step)
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self.has_prompt:
-            self.has_prompt = True
-            print(self.title, end="", flush=True)
-            return
-        self.token_ids += value.flatten().tolist()
-        text = self._text()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character is still to come
-            self._show(text)
+    def begin(self) -> None:
+        print(self.title, end="", flush=True)
+
+    def write(self, text: str) -> None:
+        print(self._marked(text), end="", flush=True)
 
     def end(self) -> None:
         if self.hook is not None:
             self.hook.remove()
-        self._show(self._text())
+        super().end()
         print("\n", flush=True)
-
-    def _text(self) -> str:
-        return self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-
-    def _show(self, text: str) -> None:
-        new = text[len(self.shown) :]
-        if new:
-            print(self._marked(new), end="", flush=True)
-            self.shown = text
 
     def _next_step(self, *_: Any) -> None:
         self.step += 1

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..benchmark.measure import Measurement, measure
-from ..benchmark.methods import Method, drafted
 from ..data.prompts import PromptEncoder
+from .measure import Measurement, measure
+from .methods import Method, drafted
 
 WARMUP_TOKENS = 8
 
@@ -62,6 +62,7 @@ def compare(
     max_new_tokens: int,
     repeats: int,
     streams: tuple[Any, Any] = (None, None),
+    pulse: Any = None,
 ) -> Comparison:
     """Decode greedily with and without the drafter.
 
@@ -71,6 +72,7 @@ def compare(
         max_new_tokens (`int`): Longest answer.
         repeats (`int`): Timed runs of each, one after the other in turns.
         streams (`tuple`): Streamers of one further run of each, before the timed ones.
+        pulse (`BaseStreamer`, *optional*): Streamer of the timed runs; what it raises ends them.
     """
     methods = [Method("plain"), Method("drafted", drafted(drafter))]
     for method in methods:
@@ -78,7 +80,7 @@ def compare(
     runs: list[list[Measurement]] = [[], []]
     for turn in range(-1 if any(streams) else 0, repeats):
         for method, stream, own in zip(methods, streams, runs, strict=True):
-            run = measure(target, inputs, method.ready(0.0, max_new_tokens), stream if turn < 0 else None)
+            run = measure(target, inputs, method.ready(0.0, max_new_tokens), stream if turn < 0 else pulse)
             if turn >= 0:
                 own.append(run)
     plain, dream = runs
