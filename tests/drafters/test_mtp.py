@@ -215,6 +215,29 @@ def test_prompts_of_any_kind(prompt, publish):
     assert_same_tokens(generate(target, inputs, **more), generate(target, inputs, assistant_model=drafter, **more))
 
 
+def test_a_reduced_vocabulary(publish):
+    """What is drafted is the likeliest of some tokens; what is written stays the same."""
+    target, folder, _ = publish("qwen3_5")
+    drafter, inputs, ids = (
+        dream_hf.load_drafter(folder, target),
+        family("qwen3_5").make_inputs(target),
+        [*range(3, 90, 2)],
+    )
+    whole = dream_hf.draft_log_probs(target, drafter, inputs, 5, [7])
+    drafter.set_draft_vocabulary(ids)
+    some = dream_hf.draft_log_probs(target, drafter, inputs, 5, [7])
+    assert some.isfinite().sum(-1).tolist() == [len(ids)] * 2
+    torch.testing.assert_close(some[:, ids], whole[:, ids].log_softmax(-1), rtol=1e-5, atol=1e-5)
+    expected = generate(target, inputs, max_new_tokens=16)
+    assert_same_tokens(expected, generate(target, inputs, max_new_tokens=16, assistant_model=drafter))
+    with pytest.raises(ValueError, match=r"`tree_top_k` \(45\) must not exceed the number of tokens in .* \(44\)"):
+        generate(target, inputs, assistant_model=drafter.with_settings(tree_top_k=45))
+    drafter.set_draft_vocabulary(None)
+    assert torch.equal(dream_hf.draft_log_probs(target, drafter, inputs, 5, [7]), whole)
+    with pytest.raises(ValueError, match="tokens lie in"):
+        drafter.set_draft_vocabulary([1, 104])
+
+
 # --- a head that knows ---
 
 

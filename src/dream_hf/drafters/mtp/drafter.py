@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from ...decoding.drafter import Drafter, Needs, Prefill
@@ -13,6 +14,7 @@ from ...decoding.settings import DraftSettings
 from ...targets.attending_layer import AttendingLayer
 from ..fit import check_identity, check_place, check_top_k, check_weights, describe_target
 from ..paired_session import PairedSession
+from ..vocabulary import sorted_token_ids
 from .modeling import MTPModel
 
 IMAGE_ROWS = ("merged", "token")
@@ -61,10 +63,28 @@ class MTPDrafter(MTPModel, Drafter):
         """Refuse another target, settings beyond its vocabulary, and damaged weights."""
         drafter: Any = self
         check_identity(drafter, describe_target(target.config))
-        check_top_k(settings, self.config.vocab_size, "the target's `vocab_size`")
+        if self.draft_token_ids is None:
+            check_top_k(settings, self.config.vocab_size, "the target's `vocab_size`")
+        else:
+            check_top_k(settings, len(self.draft_token_ids), "the number of tokens in `draft_token_ids`")
         check_weights(drafter)
         check_place(target, drafter)
 
     def start(self, prefill: Prefill, settings: DraftSettings) -> PairedSession:
         """Read a prompt with the target's features."""
         return PairedSession(self, prefill, settings)
+
+    def set_draft_vocabulary(self, token_ids: Sequence[int] | torch.Tensor | None) -> None:
+        """Draft these tokens only from now on, with those rows of the target's head, as [`DreamDrafter.set_draft_vocabulary`].
+
+        The head is most of what a level reads.
+
+        Args:
+            token_ids (`Sequence[int]` or `torch.LongTensor` of shape `(R,)`, *optional*): The tokens, in any order, as
+                `choose_draft_vocabulary` chooses them; `None` for the whole vocabulary again.
+
+        Raises:
+            ValueError: No whole numbers, none at all, repeats, or tokens that the target does not have.
+        """
+        vocab_size = self.config.vocab_size
+        self.draft_token_ids = None if token_ids is None else sorted_token_ids(token_ids, vocab_size).to(self.device)
