@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..version import __version__
-from . import attach, bench, convert, demo, generate, info, probe, push, regenerate, serve, train
+from . import attach, bench, convert, demo, export, generate, info, probe, push, regenerate, serve, train
 from .options import Parser
 
 COMMANDS: dict[str, ModuleType] = {
@@ -21,6 +21,7 @@ COMMANDS: dict[str, ModuleType] = {
     "regenerate": regenerate,
     "convert": convert,
     "push": push,
+    "export": export,
     "info": info,
     "probe": probe,
     "attach": attach,
