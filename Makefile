@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST_TESTS := tests/decoding/test_losslessness.py tests/runtime/test_caches.py tests/targets/test_attention.py \
 	tests/targets/test_tree_masks.py tests/decoding/test_outputs.py tests/decoding/test_requests.py \
-	tests/decoding/test_recurrent.py tests/decoding/test_continuation.py tests/decoding/test_candidate_generator.py tests/test_registration.py
+	tests/decoding/test_recurrent.py tests/decoding/test_continuation.py tests/decoding/test_candidate_generator.py \
+	tests/drafters/test_mtp.py tests/test_registration.py
 SOURCES := src tests examples benchmarks
 
 .venv/installed: constraints.txt pyproject.toml

@@ -24,7 +24,9 @@ from .drafters.eagle.drafter import EagleDrafter
 from .drafters.eagle.loading import load_eagle
 from .drafters.eagle.probe import probe_eagle
 from .drafters.model.drafter import ModelDrafter
+from .drafters.mtp.drafter import MTPDrafter
 from .drafters.mtp.loading import load_mtp
+from .drafters.mtp.probe import probe_mtp
 from .drafters.probe import NUM_TOKENS, Probe, probe_as_it_is
 from .drafters.published_files import read_published_config, read_tensors
 from .drafters.retrieval.drafter import RetrievalDrafter
@@ -110,9 +112,9 @@ def load_drafter(
         target (`PreTrainedModel`): The model to draft for.
         revision (`str`, *optional*): Revision of the drafter on the Hub.
         wiring (`Mapping`, *optional*): What the config of a published EAGLE drafter leaves open or has wrong: fields of
-            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`; of an MTP head its
-            `image_rows`. `"probe"` asks the target: of all wirings that the weights of an EAGLE drafter allow the one that
-            foretells 200 of its tokens best, see [`probe_drafter`].
+            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`; of an MTP head what
+            [`MTPDrafter`] takes. `"probe"` asks the target: of all wirings that the weights of an EAGLE drafter allow the one
+            that foretells 200 of its tokens best, see [`probe_drafter`].
 
     Returns:
         `Drafter`: What `target.generate(..., assistant_model=drafter)` takes.
@@ -136,8 +138,8 @@ def load_drafter(
         if isinstance(wiring, str):
             return probe_eagle(name, config, found.tensors, target).drafter
         return load_eagle(name, config, found.tensors, target, wiring)
-    if found.kind == MTP and not isinstance(wiring, str):
-        return load_mtp(name, config, found.tensors, target, wiring)
+    if found.kind == MTP:  # of which texts without pictures, all that "probe" has here, tell nothing more
+        return load_mtp(name, config, found.tensors, target, None if isinstance(wiring, str) else wiring)
     _refuse_wiring(name, wiring)
     with tempfile.TemporaryDirectory() as folder:
         convert_checkpoint(name, folder, revision=found.revision)
@@ -154,7 +156,7 @@ def probe_drafter(
     revision: str | None = None,
     num_tokens: int = NUM_TOKENS,
 ) -> Probe:
-    """Ask a target how well a drafter foretells it, and of a published EAGLE drafter how it is to be wired.
+    """Ask a target how well a drafter foretells it, and of a published EAGLE drafter or an MTP head how it is to be wired.
 
     Of all wirings that the weights allow those are tried that differ from the best one so far in one thing, until none does
     better: which layers' features are read, where the norms are, how positions are turned, what is read of pictures.
@@ -179,6 +181,8 @@ def probe_drafter(
     if found.kind == EAGLE:
         return probe_eagle(found.name, found.config, found.tensors, target, inputs, num_tokens)
     drafter = load_drafter(source, target, revision=revision)
+    if isinstance(drafter, MTPDrafter):
+        return probe_mtp(found.name, drafter, target, inputs, num_tokens)
     return probe_as_it_is(found.name, drafter, target, inputs, num_tokens)
 
 

@@ -58,6 +58,16 @@ def load(args: argparse.Namespace) -> Any:
     )
 
 
+def files_of_drafter(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """Where the drafter lies that arguments name, and its revision; `mtp` lies in the target's own files."""
+    from ..drafters.detection import MTP
+    from ..load_models import source_of
+
+    if args.drafter == MTP:
+        return source_of(args.target, "target"), args.drafter_revision or args.revision
+    return source_of(args.drafter, "drafter"), args.drafter_revision
+
+
 def load_dream(args: argparse.Namespace) -> Any:
     """The same, where the drafter has to be one of DREAM's."""
     from ..drafters.dream.drafter import DreamDrafter
