@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..version import __version__
-from . import attach, bench, convert, demo, generate, info, push, regenerate, serve, train
+from . import attach, bench, convert, demo, generate, info, merge, push, regenerate, serve, train
 from .options import Parser
 
 COMMANDS: dict[str, ModuleType] = {
@@ -20,6 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "regenerate": regenerate,
     "convert": convert,
+    "merge": merge,
     "push": push,
     "info": info,
     "attach": attach,
