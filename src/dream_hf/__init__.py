@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
     from .drafters.inspection import draft_log_probs as draft_log_probs
     from .drafters.model.drafter import ModelDrafter as ModelDrafter
+    from .drafters.mtp.drafter import MTPDrafter as MTPDrafter
     from .drafters.retrieval.drafter import RetrievalDrafter as RetrievalDrafter
     from .drafters.retrieval.lookup import PromptLookupDrafter as PromptLookupDrafter
     from .drafters.retrieval.store import RetrievalStore as RetrievalStore
     from .drafters.skip.drafter import LayerSkipDrafter as LayerSkipDrafter
     from .drafters.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from .load_models import load_drafter as load_drafter
+    from .load_models import probe_drafter as probe_drafter
     from .training.arguments import DreamTrainingArguments as DreamTrainingArguments
     from .training.trainer import DreamTrainer as DreamTrainer
 
@@ -51,6 +53,7 @@ _MODULES = {
     "EagleConfig": "drafters.eagle.configuration",
     "EagleDrafter": "drafters.eagle.drafter",
     "LayerSkipDrafter": "drafters.skip.drafter",
+    "MTPDrafter": "drafters.mtp.drafter",
     "ModelDrafter": "drafters.model.drafter",
     "PromptLookupDrafter": "drafters.retrieval.lookup",
     "RetrievalDrafter": "drafters.retrieval.drafter",
@@ -61,6 +64,7 @@ _MODULES = {
     "dream_generate": "decoding.loop",
     "draft_log_probs": "drafters.inspection",
     "load_drafter": "load_models",
+    "probe_drafter": "load_models",
     "suggested_shape": "drafters.dream.shape",
     "weight_ratio": "drafters.dream.shape",
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,18 +17,23 @@ from transformers.utils import find_adapter_config_file
 
 from .decoding.drafter import Drafter
 from .drafters.combined import CombinedDrafter
-from .drafters.detection import EAGLE, OUR_MODEL_TYPES, kind_of
+from .drafters.detection import EAGLE, MTP, OUR_MODEL_TYPES, kind_of, wanted_names
 from .drafters.dream.conversion import convert_checkpoint
 from .drafters.dream.drafter import DreamDrafter
 from .drafters.eagle.drafter import EagleDrafter
 from .drafters.eagle.loading import load_eagle
+from .drafters.eagle.probe import probe_eagle
 from .drafters.model.drafter import ModelDrafter
+from .drafters.mtp.loading import load_mtp
+from .drafters.probe import NUM_TOKENS, Probe, probe_as_it_is
 from .drafters.published_files import read_published_config, read_tensors
 from .drafters.retrieval.drafter import RetrievalDrafter
 from .drafters.skip.drafter import LayerSkipDrafter
+from .targets.target import Target
 
 DEMO = "demo"
 RETRIEVAL, SKIP, MODEL = "retrieval", "skip", "model:"  # drafters that are made and not loaded
+PROBE = "probe"  # a wiring that is to be found out
 BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
 
 
@@ -57,8 +62,8 @@ def load_models(
         target (`str`): Folder or Hub id; `"demo"` for the bundled target. Of PEFT adapters (what trl saves) the model that
             they were trained on is loaded, and they are merged into it.
         drafter (`str`, *optional*): Folder or Hub id of what [`load_drafter`] loads; `"demo"` for the bundled drafter;
-            `"retrieval"`, `"skip"` or `"model:"` with the folder or Hub id of another model for drafters without training;
-            several of these with `+` between them for a [`CombinedDrafter`].
+            `"mtp"` for the MTP head in the target's own files; `"retrieval"`, `"skip"` or `"model:"` with the folder or Hub
+            id of another model for drafters without training; several of these with `+` between them for a [`CombinedDrafter`].
         dtype (`str` or `torch.dtype`): Of both; `"auto"` takes the target's own.
         device (`str`, *optional*): Of both; by default the accelerator where there is one. `"auto"` spreads the target over
             all accelerators; the drafter then goes to the first.
@@ -90,20 +95,24 @@ def load_drafter(
     target: Any,
     *,
     revision: str | None = None,
-    wiring: Mapping[str, Any] | None = None,
+    wiring: Mapping[str, Any] | str | None = None,
 ) -> Drafter:
     """Load a drafter of any kind for a target, in its dtype and on its device.
 
     It is told from config.json and the names of the weights what a checkpoint holds: a drafter that was saved here, DREAM's as
     its authors publish them, EAGLE-1, EAGLE-2 and EAGLE-3 as SafeAILab, SpecForge, AngelSlim, speculators, ModelOpt and NeMo
-    write them, MSD and ViSpec. Pickles are read as plain tensors only.
+    write them, MSD and ViSpec; and a target itself, whose MTP head (`mtp.*`, which transformers leaves out) is the drafter.
+    Pickles are read as plain tensors only.
 
     Args:
-        source (`str` or `os.PathLike`): A folder or a Hub id; `"demo"` for the bundled drafter.
+        source (`str` or `os.PathLike`): A folder or a Hub id; `"demo"` for the bundled drafter; `"mtp"` for the MTP head in the
+            files that `target` was loaded from.
         target (`PreTrainedModel`): The model to draft for.
         revision (`str`, *optional*): Revision of the drafter on the Hub.
         wiring (`Mapping`, *optional*): What the config of a published EAGLE drafter leaves open or has wrong: fields of
-            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`.
+            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`; of an MTP head its
+            `image_rows`. `"probe"` asks the target: of all wirings that the weights of an EAGLE drafter allow the one that
+            foretells 200 of its tokens best, see [`probe_drafter`].
 
     Returns:
         `Drafter`: What `target.generate(..., assistant_model=drafter)` takes.
@@ -113,22 +122,86 @@ def load_drafter(
         ValueError: A damaged file, a kind that is not read, tensors that are missing or unknown, another target than the
             drafter was made for.
     """
-    if wiring is not None and not isinstance(wiring, Mapping):
-        raise ValueError(f"`wiring` ({wiring!r}) must be a mapping of names to values, or None to go by the config.")
-    name = fspath(source_of(source, "drafter"))
-    config = read_published_config(name, revision=revision)
-    if config.get("model_type") in OUR_MODEL_TYPES:
+    if wiring is not None and wiring != PROBE and not isinstance(wiring, Mapping):
+        raise ValueError(
+            f"`wiring` ({wiring!r}) must be a mapping of names to values, {PROBE!r} to ask the target, or None to go "
+            "by the config."
+        )
+    found = _open(source, target, revision)
+    name, config = found.name, found.config
+    if found.kind is None:
         _refuse_wiring(name, wiring)
-        return load_saved(name, config, target.dtype, revision).to(target.device).eval()
-    tensors = read_tensors(name, partial(_check_kind, name, config), revision=revision)
-    if kind_of(name, config, tensors.keys()) == EAGLE:
-        return load_eagle(name, config, tensors, target, wiring)
+        return load_saved(name, config, target.dtype, found.revision).to(target.device).eval()
+    if found.kind == EAGLE:
+        if isinstance(wiring, str):
+            return probe_eagle(name, config, found.tensors, target).drafter
+        return load_eagle(name, config, found.tensors, target, wiring)
+    if found.kind == MTP and not isinstance(wiring, str):
+        return load_mtp(name, config, found.tensors, target, wiring)
     _refuse_wiring(name, wiring)
     with tempfile.TemporaryDirectory() as folder:
-        convert_checkpoint(name, folder, revision=revision)
+        convert_checkpoint(name, folder, revision=found.revision)
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
     drafter.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size  # it borrows embedding and head
     return drafter.to(target.device).eval()
+
+
+def probe_drafter(
+    source: str | PathLike,
+    target: Any,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    revision: str | None = None,
+    num_tokens: int = NUM_TOKENS,
+) -> Probe:
+    """Ask a target how well a drafter foretells it, and of a published EAGLE drafter how it is to be wired.
+
+    Of all wirings that the weights allow those are tried that differ from the best one so far in one thing, until none does
+    better: which layers' features are read, where the norms are, how positions are turned, what is read of pictures.
+
+    Args:
+        source (`str` or `os.PathLike`): As for [`load_drafter`].
+        target (`PreTrainedModel`): The model to draft for.
+        inputs (`Sequence[Mapping]`, *optional*): Prompts of one row, as for `generate()`. Only pictures can tell what is read
+            of them. By default the target writes texts of its own.
+        revision (`str`, *optional*): Revision of the drafter on the Hub.
+        num_tokens (`int`): How many tokens of the target's decide.
+
+    Returns:
+        `Probe`: All wirings with their agreement, the best first (`probe.best.wiring`, `print(probe.table())`), and
+        `probe.drafter`, wired that way.
+
+    Raises:
+        OSError, ValueError: As [`load_drafter`]; a prompt of several rows, or texts that end at once.
+        TypeError: A drafter that does not grow trees level by level, and so has no log-probabilities.
+    """
+    found = _open(source, target, revision)
+    if found.kind == EAGLE:
+        return probe_eagle(found.name, found.config, found.tensors, target, inputs, num_tokens)
+    drafter = load_drafter(source, target, revision=revision)
+    return probe_as_it_is(found.name, drafter, target, inputs, num_tokens)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A drafter's files: of what was saved here no more than its config, and no `kind`."""
+
+    name: str
+    config: Mapping[str, Any]
+    revision: str | None
+    kind: str | None = None
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _open(source: str | PathLike, target: Any, revision: str | None) -> _Checkpoint:
+    if source == MTP:
+        source, revision = _own_files(target, revision)
+    name = fspath(source_of(source, "drafter"))
+    config = read_published_config(name, revision=revision)
+    if config.get("model_type") in OUR_MODEL_TYPES:
+        return _Checkpoint(name, config, revision)
+    tensors = read_tensors(name, partial(wanted_names, name, config), revision=revision)
+    return _Checkpoint(name, config, revision, kind_of(name, config, tensors.keys()), tensors)
 
 
 def load_saved(source: str, config: Mapping[str, Any], dtype: str | torch.dtype, revision: str | None = None) -> Any:
@@ -159,14 +232,23 @@ def _make_drafter(name: str, models: Models, revision: str | None) -> Drafter:
     return load_drafter(name, models.target, revision=revision)
 
 
-def _check_kind(source: str, config: Mapping[str, Any], names: Set[str]) -> None:
-    """Refuse a checkpoint of a kind that is not read before its weights are."""
-    kind_of(source, config, names)
+def _own_files(target: Any, revision: str | None) -> tuple[str, str | None]:
+    """Where a target was loaded from, and the revision."""
+    config = Target(target).model.config
+    name = getattr(config, "_name_or_path", "")
+    if not name:
+        raise ValueError(
+            f"`drafter` ({MTP!r}) is read from the target's own files, and this target was not loaded from any. Name the "
+            "folder or Hub id that they are in."
+        )
+    return name, revision or getattr(config, "_commit_hash", None)
 
 
-def _refuse_wiring(source: str, wiring: Mapping[str, Any] | None) -> None:
+def _refuse_wiring(source: str, wiring: Mapping[str, Any] | str | None) -> None:
     if wiring:
-        raise ValueError(f"`wiring` ({wiring!r}) is for published EAGLE drafters; the config of {source!r} says all.")
+        raise ValueError(
+            f"`wiring` ({wiring!r}) is for published EAGLE drafters and MTP heads; the config of {source!r} says all."
+        )
 
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

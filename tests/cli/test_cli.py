@@ -90,8 +90,9 @@ def make_options():
 def test_unknown_and_shortened_options_are_refused_in_one_line_with_the_commands_own_help(command, capsys):
     needed = {
         "generate": ["--target", "x", "--prompt", "x"], "bench": ["--target", "x"], "convert": ["a", "b"],
-        "push": ["a", "b"], "attach": ["a", "b", "c"], "info": ["a"], "serve": ["--target", "x", "--drafter", "x"],
-        "merge": ["a", "b"], "regenerate": ["--target", "x", "--rows", "x", "--output", "x"],
+        "push": ["a", "b"], "attach": ["a", "b", "c"], "info": ["a"], "merge": ["a", "b"],
+        "probe": ["a", "--target", "x"], "serve": ["--target", "x", "--drafter", "x"],
+        "regenerate": ["--target", "x", "--rows", "x", "--output", "x"],
         "train": ["--target", "x", "--train_dataset", "x", "--output_dir", "x"],
     }.get(command, [])  # fmt: skip
     shortened = {
@@ -398,6 +399,15 @@ def test_train_refuses(recipe, tmp_path, capsys):
     flags = ["--target", "x", "--train_dataset", "y", "--output_dir", str(tmp_path / "out")]
     assert "`use_lora` (True)" in refusal(capsys, "train", *flags, "--use_lora")
     assert "is no JSON" in refusal(capsys, "train", *flags, "--drafter_config", "{")
+
+
+def test_probe_tells_how_well_a_drafter_foretells_its_target(capsys):
+    options = ["demo", "--target", "demo", "--num-tokens", "12"]
+    assert main(["probe", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    [trial] = found["trials"]
+    assert found["best"] == {} and min(trial["shares"]) > 0.6 and trial["num_tokens"][0] >= 11
+    assert main(["probe", *options, "--task", "chart"]) == 0 and "tokens/step" in capsys.readouterr().out
 
 
 def test_info_tells_what_a_drafter_is(folders, capsys, tmp_path):

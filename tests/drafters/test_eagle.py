@@ -215,8 +215,8 @@ def test_wiring_overrides_what_a_config_says(publish):
     said = dream_hf.draft_log_probs(target, drafter, inputs, 5, PATH)
     expected = expected_log_probs(other, target, inputs, 5)
     torch.testing.assert_close(said[said.isfinite()].double(), expected[expected.isfinite()], rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match=r"`wiring` \('probe'\) must be a mapping"):
-        dream_hf.load_drafter(folder, target, wiring="probe")
+    with pytest.raises(ValueError, match=r"`wiring` \('guess'\) must be a mapping"):
+        dream_hf.load_drafter(folder, target, wiring="guess")
     with pytest.raises(ValueError, match="names layers; what can be said is feature_layers"):
         dream_hf.load_drafter(folder, target, wiring={"layers": (1, 2, 3)})
 

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import dream_hf
 from dream_hf.decoding.drafter import Prefill, Verified
 from dream_hf.decoding.settings import DraftSettings
-from dream_hf.drafters.eagle.state import EagleState
+from dream_hf.drafters.paired_state import PairedState
 from dream_hf.drafters.visibility import bias_of
 from dream_hf.targets.target import Target
 
@@ -92,8 +92,8 @@ def test_the_features_are_of_the_layers_that_the_peer_read(case):
 @every_prompt
 def test_a_prompt_as_a_session_reads_it(case, kind, monkeypatch):
     """Rows, positions, pictures: all that came out of the prompt, as compressed as the drafter reads it."""
-    made, read = [], EagleState.read
-    monkeypatch.setattr(EagleState, "read", lambda *args: made.append(read(*args)) or made[-1])
+    made, read = [], PairedState.read
+    monkeypatch.setattr(PairedState, "read", lambda *args: made.append(read(*args)) or made[-1])
     session = start_session(case, kind=kind, padding=2)
     assert_says(case, session, made[0][:, : session.state.slots.longest], f"{kind}prompt")
 

@@ -51,7 +51,8 @@ def repeated(inputs: Inputs, num_rows: int) -> Inputs:
 
 def extended(inputs: Inputs, continuations: Tensor) -> Inputs:
     """The prompt followed by each of `continuations` (rows, tokens)."""
-    batch = repeated(inputs, continuations.shape[0])
+    num_rows = continuations.shape[0]
+    batch = repeated(inputs, num_rows // inputs["input_ids"].shape[0])
     batch["input_ids"] = torch.cat([batch["input_ids"], continuations], dim=1)
     for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
         if name in batch:

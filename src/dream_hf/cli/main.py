@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..version import __version__
-from . import attach, bench, convert, demo, generate, info, merge, push, regenerate, serve, train
+from . import attach, bench, convert, demo, generate, info, merge, probe, push, regenerate, serve, train
 from .options import Parser
 
 COMMANDS: dict[str, ModuleType] = {
@@ -23,6 +23,7 @@ COMMANDS: dict[str, ModuleType] = {
     "merge": merge,
     "push": push,
     "info": info,
+    "probe": probe,
     "attach": attach,
     "serve": serve,
 }

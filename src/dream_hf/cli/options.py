@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DRAFTERS = (
-    "a folder or Hub id, demo (the bundled one), retrieval, skip (the target without some layers), model:PATH (a smaller "
-    "model), or several of these with + between them"
+    "a folder or Hub id, demo (the bundled one), mtp (the head in the target's own files), retrieval, skip (the target without "
+    "some layers), model:PATH (a smaller model), or several of these with + between them"
 )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .visibility import FromStart, Visibility
 
+SEEN = "dream_hf_seen"  # the attention of transformers' own layers that are given a `Visibility` for a mask
 Angles = tuple[Tensor, Tensor]  # cosines, and sines with a negative first half: (B, 1, T, head_dim) each
 
 
@@ -44,6 +45,24 @@ def attend(
     return (
         attended if unseen is None else torch.where(sees_something.transpose(1, 2), attended, unseen.transpose(1, 2))
     )
+
+
+def attend_seen(
+    module: Any,
+    query: Tensor,  # (B, heads, T, head_dim)
+    key: Tensor,  # (B, key_value_heads, K, head_dim)
+    value: Tensor,  # (B, key_value_heads, K, head_dim)
+    attention_mask: Visibility,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention (B, T, heads, head_dim) as transformers' layers look it up, by the name of `SEEN`."""
+    scale = module.head_dim**-0.5 if scaling is None else scaling
+    return attention_mask.attend(query, key, value, None, scale, dropout).transpose(1, 2), None
+
+
+AttentionInterface.register(SEEN, attend_seen)
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype, attn_implementation: str | None) -> Tensor:

@@ -189,22 +189,22 @@ def _find_weights(source: str, variant: str | None, **hub: Any) -> list[Path]:
     index_file = fetch_file(source, index, is_optional=True, **hub)
     if index_file is None:
         raise _no_weights(source, weights, **hub)
-    return [fetch_shard(source, name, **hub) for name in shard_names(source, index_file)]
+    return [fetch_shard(source, name, **hub) for name in sorted(set(weight_map(source, index_file).values()))]
 
 
-def shard_names(source: str, index_file: Path) -> list[str]:
-    """File names in an index, refused where they could lead out of the checkpoint's own folder."""
+def weight_map(source: str, index_file: Path) -> dict[str, str]:
+    """Which file holds each tensor by an index, refused where it could lead out of the checkpoint's own folder."""
     try:
-        names = sorted(set(read_object(source, index_file)["weight_map"].values()))
+        shard_of = dict(read_object(source, index_file)["weight_map"].items())
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{index_file.name} of {source!r} is no index of shards: {error}.") from error
-    for name in names:
+    for name in shard_of.values():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", name):
             raise ValueError(
                 f"{index_file.name} of {source!r} names the shard {name!r}; a shard is a *.safetensors file "
                 "next to the index. Do not use this checkpoint."
             )
-    return names
+    return shard_of
 
 
 def fetch_shard(source: str, name: str, **hub: Any) -> Path:

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
-OURS, EAGLE, PUBLISHED_DREAM = "ours", "eagle", "published dream"
+OURS, EAGLE, MTP, PUBLISHED_DREAM = "ours", "eagle", "mtp", "published dream"
 OUR_MODEL_TYPES = ("dream_drafter", "eagle_drafter")
+MTP_PREFIXES = ("mtp.", "mtp_layers.")  # of tensors inside a target's checkpoint, and in speculators' container
+
+
+def wanted_names(source: str, config: Mapping[str, Any], names: Set[str]) -> Set[str]:
+    """The names of the tensors that a drafter of a checkpoint consists of; an MTP head may lie inside a whole target.
+
+    Args, raises: As [`kind_of`].
+    """
+    if kind_of(source, config, names) != MTP:
+        return names
+    if "speculators_model_type" in config:  # which may copy the target's ends
+        return names - {"embed_tokens.weight", "lm_head.weight"}
+    return {name for name in names if name.startswith(MTP_PREFIXES)}
 
 
 def kind_of(source: str, config: Mapping[str, Any], names: Set[str]) -> str:
-    """`EAGLE` or `PUBLISHED_DREAM`.
+    """`EAGLE`, `MTP` or `PUBLISHED_DREAM`.
 
     Args:
         source (`str`): Where the checkpoint comes from, for messages.
@@ -22,6 +35,8 @@ def kind_of(source: str, config: Mapping[str, Any], names: Set[str]) -> str:
     """
     if any(".cross_attn." in name for name in names):
         return PUBLISHED_DREAM
+    if any(name.startswith(MTP_PREFIXES) for name in names) and config.get("speculators_model_type") in (None, "mtp"):
+        return MTP
     unread = _unread_kind(config, names)
     if unread is not None:
         raise ValueError(f"{source!r} holds {unread}, which is not read yet. Load an EAGLE or a DREAM drafter.")
@@ -31,7 +46,7 @@ def kind_of(source: str, config: Mapping[str, Any], names: Set[str]) -> str:
     first = ", ".join(sorted(names)[:3]) or "nothing"
     raise ValueError(
         f"{source!r} is no drafter that can be told: its weights are {first}, ... A drafter has `fc.weight` and a layer "
-        "(EAGLE), or `cross_attn` blocks (DREAM). Is it a model?"
+        "(EAGLE), or `cross_attn` blocks (DREAM), and a target that brings its own has `mtp.` tensors. Is it a model without?"
     )
 
 

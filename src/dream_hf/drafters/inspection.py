@@ -59,7 +59,7 @@ class _Asking(DrafterAround):
     def start(self, prefill: Prefill, settings: DraftSettings) -> DraftSession:
         first_tokens = torch.full_like(prefill.first_tokens, self.first_token)
         session = self.inner.start(replace(prefill, first_tokens=first_tokens), settings)
-        self.answer = _log_probs(session, self.path, self.vocab_size)
+        self.answer = log_probs_along(session, self.path, self.vocab_size)
         return _Silent()
 
 
@@ -71,8 +71,12 @@ class _Silent(DraftSession):
         pass
 
 
-def _log_probs(session: Any, path: list[int], vocab_size: int) -> torch.Tensor:
-    """(len(path) + 1, V), by levels of all tokens, each below one token of the path."""
+def log_probs_along(session: Any, path: list[int], vocab_size: int) -> torch.Tensor:
+    """What a session says below the last token and along `path`, (len(path) + 1, V), as [`draft_log_probs`] gives it.
+
+    Raises:
+        TypeError: It has no log-probabilities.
+    """
     if getattr(session, "levels", None) is None:
         raise TypeError(f"`{type(session).__name__}` does not grow trees by levels, so it has no log-probabilities.")
     levels = session.levels()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from ..hub.downloads import fetch_file
 from .checkpoint_files import (
@@ -20,47 +20,51 @@ from .checkpoint_files import (
     fetch_shard,
     read_object,
     refuse_adapter,
-    shard_names,
+    weight_map,
 )
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def read_tensors(source: str, check_names: Callable[[Set[str]], None] | None = None, **hub: Any) -> dict[str, Any]:
+def read_tensors(source: str, choose: Callable[[Set[str]], Set[str]] | None = None, **hub: Any) -> dict[str, Any]:
     """The checkpoint's entries, in memory; a pickle is read with `weights_only=True`, so that it can't run code.
 
     Args:
         source (`str`): A folder or a Hub id.
-        check_names (`Callable`, *optional*): Is shown the names of all entries, of safetensors before any of them is read.
+        choose (`Callable`, *optional*): Is shown the names of all entries and returns those that are wanted. Of safetensors no
+            others are read, and of shards none is fetched that holds no wanted one.
         **hub: Any of `HUB_ARGUMENTS`.
 
     Raises:
         OSError: There are none, or they could not be fetched.
         ValueError: A file is damaged or holds something else.
     """
+    for name in WEIGHTS:
+        file = fetch_file(source, name, is_optional=True, **hub)
+        if file is not None:
+            return _read_single(source, file, choose)
+    index = fetch_file(source, INDEX, is_optional=True, **hub)
+    if index is None:
+        fetch_file(source, INDEX, **hub)  # raises where the Hub could not be asked
+        raise OSError(f"`source` ({source!r}) has none of {', '.join(WEIGHTS)}.")
+    shard_of = weight_map(source, index)
+    wanted = shard_of.keys() if choose is None else choose(shard_of.keys())
     entries: dict[str, Any] = {}
-    files = _find_files(source, **hub)
-    for file in files:
+    for shard in sorted({shard_of[name] for name in wanted}):
+        file = fetch_shard(source, shard, **hub)
         check_digest(source, file)
-    is_lazy = all(file.name.endswith(".safetensors") for file in files)
-    if check_names is not None and is_lazy:
-        check_names({name for file in files for name in _opened(source, file, _names_in)})
-    for file in files:
-        entries.update(_opened(source, file, load_file if is_lazy else _unpickle))
-    if check_names is not None and not is_lazy:
-        check_names(entries.keys())
+        entries |= _opened(source, file, partial(_load, names=[name for name in wanted if shard_of[name] == shard]))
     return entries
 
 
-def _find_files(source: str, **hub: Any) -> list[Path]:
-    for name in WEIGHTS:
-        file = fetch_file(source, name, **hub)
-        if file is not None:
-            return [file]
-    index = fetch_file(source, INDEX, **hub)
-    if index is None:
-        raise OSError(f"`source` ({source!r}) has none of {', '.join(WEIGHTS)}.")
-    return [fetch_shard(source, name, **hub) for name in shard_names(source, index)]
+def _read_single(source: str, file: Path, choose: Callable[[Set[str]], Set[str]] | None) -> dict[str, Any]:
+    check_digest(source, file)
+    is_lazy = file.suffix == ".safetensors"
+    found = _opened(source, file, _names_in if is_lazy else _unpickle)
+    wanted = found.keys() if choose is None else choose(found.keys())
+    if is_lazy:
+        return _opened(source, file, partial(_load, names=wanted))
+    return {name: found[name] for name in wanted}
 
 
 def _opened(source: str, file: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
@@ -80,6 +84,11 @@ def _opened(source: str, file: Path, read: Callable[[Path], Any]) -> dict[str, A
 def _names_in(file: Path) -> dict[str, None]:
     with safe_open(file, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys())
+
+
+def _load(file: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in names}
 
 
 def _unpickle(file: Path) -> Any:

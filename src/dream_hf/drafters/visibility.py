@@ -237,6 +237,15 @@ def shown_columns(sees: Tensor) -> Visibilities:
     return Visibilities(*(Biased(aligned_bias(part)) for part in (bias, bias[..., 1:])))
 
 
+def visibility_of(mask: Tensor | Visibility | None, rows: Tensor) -> Visibility:
+    """What `rows` (1, T), counted from the start of the text, see: by a mask (B, T, K), or all before them and themselves."""
+    if isinstance(mask, Tensor):
+        return Listed(mask)
+    if mask is None:
+        return Prefixes(rows + 1) if int(rows[0, 0]) else FromStart()
+    return mask
+
+
 def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores for a mask that is True where something is seen: 0 there, else -inf."""
     return mask.to(dtype).log()

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
 
 from ..checkpoint_files import check_shapes
 from ..fit import describe_target
 from .configuration import EagleConfig
+from .doubts import doubts
 from .drafter import EagleDrafter
 from .published import (
     Wiring,
@@ -23,6 +25,8 @@ from .published import (
     refuse_unread,
     renamed,
 )
+
+logger = logging.get_logger(__name__)
 
 PADDING = 64  # tokens, of 32064
 REMEDY = "Get the checkpoint again; if it is whole, it is of a kind that is not read."
@@ -48,6 +52,7 @@ def load_eagle(
         fields = read_fields(config)
         refuse_unread(fields)
         found = read_wiring(fields, set(tensors), description["num_hidden_layers"]).changed(wiring or {})
+        open_questions = [] if wiring else doubts(fields, set(tensors), description["num_hidden_layers"])
         ours = renamed(tensors)
         if is_msd(fields, set(tensors)):
             fields, ours = _with_padding(fields, ours, description["vocab_size"])
@@ -62,6 +67,11 @@ def load_eagle(
     drafter_config._name_or_path = source
     shapes = {name: tensor.shape for name, tensor in ours.items()}
     check_shapes(source, shapes, EagleDrafter.expected_shapes(drafter_config), REMEDY)
+    if open_questions:
+        logger.warning(
+            f"The config of {source!r} leaves open {'; '.join(open_questions)}. Say it (`wiring={{...}}`), or let the target "
+            'tell: `wiring="probe"`.'
+        )
     return _assembled(drafter_config, ours, target)
 
 

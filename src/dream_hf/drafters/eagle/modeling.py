@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from ..attention import Angles, attend, remembered, rotated, split_heads
 from ..pretrained import StrictPreTrainedModel
-from ..visibility import FromStart, Listed, Prefixes, Visibility
+from ..visibility import Visibility, visibility_of
 from .configuration import EagleConfig
 from .pictures import NO_PICTURES, ImageAdaptor, Pictures
 from .rotary import angles_at, planes_of_channels
@@ -192,7 +192,7 @@ class EagleModel(EaglePreTrainedModel):
         """
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
         rows = torch.arange(num_past, num_past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        seen = _visibility(attention_mask, rows)
+        seen = visibility_of(attention_mask, rows)
         angles = self.angles(rows if position_ids is None else position_ids, inputs_embeds)
         if self.config.generation == 1:
             hidden = self.mixed(inputs_embeds, states, pictures)
@@ -221,14 +221,6 @@ class EagleModel(EaglePreTrainedModel):
         section = self.config.mrope_section
         planes = None if section is None else planes_of_channels(section, self.config.is_mrope_interleaved)
         return angles_at(positions, self.rotary_emb.inv_freq, self.rotary_emb.attention_scaling, planes, like)
-
-
-def _visibility(mask: torch.Tensor | Visibility | None, rows: torch.Tensor) -> Visibility:
-    if isinstance(mask, torch.Tensor):
-        return Listed(mask)
-    if mask is None:
-        return Prefixes(rows + 1) if int(rows[0, 0]) else FromStart()
-    return mask
 
 
 def _make_layer(config: EagleConfig, layer_idx: int) -> EagleLayer:

@@ -118,7 +118,7 @@ def read_wiring(config: Fields, names: set[str], num_target_layers: int) -> Wiri
     """What a config says, by the meanings of whoever wrote it; `names` are those of the tensors as published."""
     is_nemo = any(name.startswith("model.") for name in names)
     is_speculators = "speculators_model_type" in config
-    is_angelslim = "Eagle3LlamaForCausalLM" in (config.get("architectures") or ()) or config.get("modal_type") == "VLM"
+    is_angelslim = is_from_angelslim(config)
     is_first = is_first_generation(names)
     layers = (num_target_layers,) if is_first else _feature_layers(config, num_target_layers)
     wiring = Wiring(layers, norm_before_residual=bool(config.get("norm_before_residual", False)))
@@ -131,6 +131,11 @@ def read_wiring(config: Fields, names: set[str], num_target_layers: int) -> Wiri
     if is_speculators or is_nemo:  # for which `norm_output` is about what the next level reads
         return replace(wiring, is_feedback_normed=bool(norm_output))
     return replace(wiring, has_final_norm=norm_output is not False)  # and for all others about the head
+
+
+def is_from_angelslim(config: Fields) -> bool:
+    """Whether a config was written by AngelSlim."""
+    return "Eagle3LlamaForCausalLM" in (config.get("architectures") or ()) or config.get("modal_type") == "VLM"
 
 
 def is_first_generation(names: set[str]) -> bool:
@@ -147,30 +152,39 @@ def is_msd(config: Fields, names: set[str]) -> bool:
 
 
 def _feature_layers(config: Fields, num_layers: int) -> tuple[int, ...]:
-    """Places in `hidden_states`. Some programs count what a layer puts out instead, under the same name."""
+    """Places in `hidden_states`, those of three layers where a config names none."""
+    return declared_ids(config, num_layers)[0] or (2, num_layers // 2, num_layers - 3)
+
+
+def declared_ids(config: Fields, num_layers: int) -> tuple[tuple[int, ...], bool]:
+    """The places in `hidden_states` that a config names, if any, and whether it says so beyond doubt.
+
+    Some programs count what a layer puts out instead, under the same name.
+    """
     nested = config.get("eagle_config") or {}
     name = "eagle_aux_hidden_state_layer_ids"
     by_place = config.get(name) if "speculators_model_type" in config else None
     by_output = config.get("aux_hidden_states_layer_ids")
     either = nested.get(name) or (None if by_place else config.get(name))
     if by_place:
-        return tuple(by_place)
+        return tuple(by_place), True
     if by_output:
-        return tuple(index + 1 for index in by_output)
+        return tuple(index + 1 for index in by_output), True
     if not either:
-        return (2, num_layers // 2, num_layers - 3)
+        return (), True
     ends = min(either), max(either)
-    says_outputs = config.get("eagle_aux_layer_semantics") == "sglang" or bool(nested.get(name))
+    is_said = config.get("eagle_aux_layer_semantics") == "sglang"
+    says_outputs = is_said or bool(nested.get(name))
     if ends == (1, num_layers - 4):
-        says_outputs = True
+        says_outputs = is_said = True
     elif ends == (2, num_layers - 3):
-        says_outputs = False
-    return tuple(index + says_outputs for index in either)
+        says_outputs, is_said = False, True
+    return tuple(index + says_outputs for index in either), is_said
 
 
 def _rope(config: Fields, is_angelslim: bool, wants_planes: bool) -> dict[str, Any]:
     """Base and planes of the rotary embedding."""
-    rope = _rope_fields(config)
+    rope = rope_fields(config)
     section = rope.get("mrope_section") if wants_planes else None
     theta = rope.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA
     if is_angelslim and section is None:
@@ -182,7 +196,8 @@ def _rope(config: Fields, is_angelslim: bool, wants_planes: bool) -> dict[str, A
     }
 
 
-def _rope_fields(config: Fields) -> dict[str, Any]:
+def rope_fields(config: Fields) -> dict[str, Any]:
+    """What a config says of its rotary embedding, under either name."""
     return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 
 
@@ -247,7 +262,7 @@ def _num_image_queries(tensors: Tensors) -> int:
 
 
 def _rope_parameters(config: Fields, wiring: Wiring) -> dict[str, Any]:
-    rope = _rope_fields(config)
+    rope = rope_fields(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", "mrope"):
         return {"rope_type": "default", "rope_theta": wiring.rope_theta}

@@ -1,45 +1,80 @@
-"""What an EAGLE drafter has read of a text, and the levels of a tree below it.
+"""What a drafter whose rows are pairs (EAGLE, MTP) has read of a text, and the levels of a tree below it.
 
-A row of the drafter's stands for a feature of the target's and the token chosen from it. Verified rows keep their slots in the
-cache; while a tree grows, its beams sit in the tentative slots behind them, and a beam sees of those only its ancestors.
+A row stands for a feature of the target's and the token chosen from it. Verified rows keep their slots in the cache; while a
+tree grows, its beams sit in the tentative slots behind them, and a beam sees of those only its ancestors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
+from transformers.cache_utils import Cache
 
-from ...runtime.counts import Counts
-from ...runtime.kv_cache import slot_cache
-from ...runtime.phases import DRAFTER, phase
-from ...runtime.slots import Slots
-from ...runtime.threads import cpu_threads
-from ..levels import SlotLevel, TargetHead, first_level, next_level
-from ..masked_attention import MASK_ENTRIES, aligned_bias
-from ..visibility import Biased, FromStart, Visibility, bias_of
-from .modeling import EagleModel
-from .pictures import NO_PICTURES, Pictures
+from ..runtime.counts import Counts
+from ..runtime.kv_cache import slot_cache
+from ..runtime.phases import DRAFTER, phase
+from ..runtime.slots import Slots
+from ..runtime.threads import cpu_threads
+from .levels import SlotLevel, TargetHead, first_level, next_level
+from .masked_attention import MASK_ENTRIES, aligned_bias
+from .visibility import Biased, FromStart, Visibility, bias_of
 
 
-class EagleState:
-    """The state of an EAGLE drafter.
+class Part(Protocol):
+    """What some drafters read of pictures beside embeddings and features, row by row."""
+
+    def part(self, part: slice) -> Any:
+        """The same of some of the rows."""
+
+
+class PairedModel(Protocol):
+    """A drafter whose rows are pairs, with T new rows of width H."""
+
+    layers: nn.ModuleList
+
+    @property
+    def device(self) -> torch.device:
+        """Where it reads."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it reads in."""
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """What a row reads of the target's features, (B, T, feature_size) -> (B, T, H)."""
+
+    def __call__(
+        self,
+        inputs_embeds: torch.Tensor,  # (B, T, H)
+        states: torch.Tensor,  # (B, T, H), fused features or, of drafted rows, what came out of their parents'
+        attention_mask: Visibility,
+        position_ids: torch.Tensor,  # (B, T) or (3, B, T)
+        past_key_values: Cache,
+        *pictures: Any,  # for those that read any
+    ) -> Any:
+        """An output whose `last_hidden_state` (B, T, H) stands in for the target's features of drafted tokens."""
+
+
+class PairedState:
+    """The state of a drafter whose rows are pairs.
 
     Args:
-        drafter (`EagleModel`): The drafter; not changed.
+        drafter (`PairedModel`): The drafter; not changed.
         batch_size (`int`): Rows of the batch.
         draft_threads (`int`, *optional*): CPU threads that draft.
     """
 
-    def __init__(self, drafter: EagleModel, batch_size: int, draft_threads: int | None = None):
+    def __init__(self, drafter: PairedModel, batch_size: int, draft_threads: int | None = None):
         self.drafter, self.draft_threads = drafter, draft_threads
         self.slots = Slots([0] * batch_size)
         self.cache = slot_cache([self.slots] * len(drafter.layers))
         self.root_states: torch.Tensor | None = None  # (B, 1, H), what came out of the last verified row
         self.root_positions: torch.Tensor | None = None  # (B, 1)
-        self.context: torch.Tensor | None = None  # (B, 1, H), what text reads of the last picture
+        self.pictures: Part | None = None  # what text to come reads of those before it
 
     def read(
         self,
@@ -47,7 +82,7 @@ class EagleState:
         features: torch.Tensor,  # (B, T, feature_size)
         positions: torch.Tensor,  # (B, T) or (3, B, T)
         counts: Sequence[int],
-        pictures: Pictures = NO_PICTURES,
+        pictures: Part | None = None,
     ) -> torch.Tensor:
         """Take in verified rows, the first `counts[b]` of row b of the batch; returns what came out, (B, T, H)."""
         device, dtype = self.drafter.device, self.drafter.dtype
@@ -77,7 +112,7 @@ class EagleState:
         """Take in rows of text right behind the last one: embeds (B, T, H), features (B, T, feature_size)."""
         assert self.root_positions is not None  # something has been read
         steps = torch.arange(1, embeds.shape[1] + 1, device=self.drafter.device)
-        return self.read(embeds, features, self.root_positions + steps, counts, Pictures(context=self.context))
+        return self.read(embeds, features, self.root_positions + steps, counts, self.pictures)
 
     def beams(self, embeds: torch.Tensor, states: torch.Tensor, sees: torch.Tensor, depth: int) -> torch.Tensor:
         """Run one level's beams, tentatively: embeds and their parents' states (B, k, H) -> states (B, k, H).
@@ -86,7 +121,7 @@ class EagleState:
         """
         assert self.root_positions is not None  # something has been read
         positions = (self.root_positions + depth).expand(-1, embeds.shape[1])
-        hidden = self._forward(embeds, states, _biased(sees), positions, Pictures(context=self.context))
+        hidden = self._forward(embeds, states, _biased(sees), positions, self.pictures)
         self.slots.extend(embeds.shape[1])
         return hidden
 
@@ -98,7 +133,7 @@ class EagleState:
                 layer.leave_inference_mode()
 
     def _read_behind(
-        self, embeds: torch.Tensor, states: torch.Tensor, positions: torch.Tensor, pictures: Pictures
+        self, embeds: torch.Tensor, states: torch.Tensor, positions: torch.Tensor, pictures: Part | None
     ) -> torch.Tensor:
         """Read on, in chunks whose masks do not grow with the text: (B, T, H)."""
         num_rows, num_new = embeds.shape[:2]
@@ -110,7 +145,8 @@ class EagleState:
             own = starts + torch.arange(part.start, part.stop, device=embeds.device)
             columns = torch.arange(self.slots.end + part.stop - part.start, device=embeds.device)
             seen = _biased(bias_of(columns <= own[..., None], embeds.dtype))
-            read = embeds[:, part], states[:, part], seen, positions[..., part], pictures.part(part)
+            shown = None if pictures is None else pictures.part(part)
+            read = embeds[:, part], states[:, part], seen, positions[..., part], shown
             hidden.append(self._forward(*read))
             self.slots.extend(part.stop - part.start)  # until all is read
         return torch.cat(hidden, dim=1)
@@ -121,22 +157,22 @@ class EagleState:
         states: torch.Tensor,
         seen: Visibility,
         positions: torch.Tensor,
-        pictures: Pictures,
+        pictures: Part | None,
     ) -> torch.Tensor:
-        out = self.drafter(embeds, states, seen, positions, self.cache, pictures)
-        return out.last_hidden_state
+        more = () if pictures is None else (pictures,)
+        return self.drafter(embeds, states, seen, positions, self.cache, *more).last_hidden_state
 
 
 @dataclass(frozen=True)
-class EagleLevels:
+class PairedLevels:
     """The levels of a tree below the last row that a drafter has read; what `grow_tree` grows from.
 
     Args:
-        state (`EagleState`): A state that has read all verified text; its tentative slots are empty between two trees.
+        state (`PairedState`): A state that has read all verified text; its tentative slots are empty between two trees.
         head (`TargetHead`): Embedding and head, the drafter's own or the target's.
     """
 
-    state: EagleState
+    state: PairedState
     head: TargetHead
 
     def first_level(self, num_levels: int, top_k: int) -> SlotLevel:

@@ -1,0 +1,82 @@
+"""What the config of a published EAGLE checkpoint leaves open, and in which other ways its weights can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .published import (
+    DEFAULT_THETA,
+    Fields,
+    Wiring,
+    declared_ids,
+    is_first_generation,
+    is_from_angelslim,
+    rope_fields,
+)
+
+SHIFTS = (-1, 1)  # of places in `hidden_states`: the commonest fault
+
+
+def doubts(config: Fields, names: set[str], num_target_layers: int) -> list[str]:
+    """What nobody can tell from a config, a line each; `names` are those of the tensors as published."""
+    found: list[str] = []
+    if is_first_generation(names):
+        return found
+    ids, is_settled = declared_ids(config, num_target_layers)
+    if ids and not is_settled:
+        found.append(
+            f"whether the layers {tuple(ids)} are counted from the embeddings or from the first layer's output"
+        )
+    if "speculators_model_type" in config and "norm_before_residual" not in config:
+        found.append("`norm_before_residual`, which programs take for false or for true where it is missing")
+    theta = rope_fields(config).get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA
+    if is_from_angelslim(config) and not rope_fields(config).get("mrope_section") and theta != DEFAULT_THETA:
+        found.append(f"`rope_theta`: its trainer takes {DEFAULT_THETA:.0f} for the {theta:.0f} that is written")
+    return found
+
+
+def alternatives(
+    wiring: Wiring, config: Fields, names: set[str], target_config: Any, has_pictures: bool
+) -> list[dict[str, Any]]:
+    """Changes of a wiring, one thing at a time, with which the same weights can be read.
+
+    Args:
+        wiring (`Wiring`): As it is.
+        config (`Mapping`): The fields of config.json, see [`read_fields`].
+        names (`set[str]`): Of the tensors as published.
+        target_config (`PreTrainedConfig`): The target's.
+        has_pictures (`bool`): Whether there are pictures to tell by what is read of them, and how positions are turned.
+    """
+    text = target_config.get_text_config(decoder=True)
+    target_rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
+    changes: list[dict[str, Any]] = []
+    thetas = (
+        DEFAULT_THETA,
+        rope_fields(config).get("rope_theta"),
+        config.get("rope_theta"),
+        target_rope.get("rope_theta"),
+    )
+    changes += [{"rope_theta": float(theta)} for theta in dict.fromkeys(thetas) if theta]
+    section = wiring.mrope_section or rope_fields(config).get("mrope_section") or target_rope.get("mrope_section")
+    if section is not None and has_pictures:
+        changes += [
+            {"mrope_section": tuple(section), "is_mrope_interleaved": False},
+            {"mrope_section": tuple(section), "is_mrope_interleaved": True},
+            {"mrope_section": None, "is_mrope_interleaved": False},
+        ]
+    if not is_first_generation(names):
+        num_layers = text.num_hidden_layers
+        places = [tuple(layer + shift for layer in wiring.feature_layers) for shift in SHIFTS]
+        if len(wiring.feature_layers) == 3:
+            places.append((2, num_layers // 2, num_layers - 3))
+        changes += [{"feature_layers": each} for each in places if min(each) >= 1 and max(each) <= num_layers]
+        changes += [{"norm_before_residual": each} for each in (False, True)]
+        changes += [{"has_final_norm": True, "is_feedback_normed": each} for each in (False, True)]
+        changes += [{"has_final_norm": False, "is_feedback_normed": False}]
+        if has_pictures and wiring.image_rows in ("token", "merged"):
+            changes += [{"image_rows": each} for each in ("token", "merged")]
+    others = {replace(wiring, **change): change for change in changes}
+    others.pop(wiring, None)
+    return list(others.values())

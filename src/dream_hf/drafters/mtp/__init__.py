@@ -1,0 +1,1 @@
+"""The multi-token prediction head that ships inside a target's own checkpoint, as a drafter."""

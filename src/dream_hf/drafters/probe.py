@@ -1,0 +1,93 @@
+"""What comes of asking a target how well a drafter foretells it, wired one way and another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils import logging
+
+from ..decoding.drafter import Drafter
+from .agreement import Agreement, agreements, write_texts
+
+logger = logging.get_logger(__name__)
+
+NUM_TOKENS = 200  # of the target's that decide
+POOR = 0.3  # of first tokens: below it a drafter gains next to nothing
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One wiring that was tried.
+
+    Args:
+        wiring (`dict`): All of it, fields of [`Wiring`]; nothing where there is nothing to tell.
+        changes (`dict`): Where it differs from what the config says.
+        agreement (`Agreement`): How well it foretells the target.
+    """
+
+    wiring: dict[str, Any]
+    changes: dict[str, Any]
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class Probe:
+    """All wirings that were tried, the best first, and the drafter wired that way."""
+
+    trials: list[Trial]
+    drafter: Drafter
+
+    @property
+    def best(self) -> Trial:
+        """The wiring that foretells the target best; the config's where none does better."""
+        return self.trials[0]
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether even the best foretells little."""
+        return self.best.agreement.shares[0] < POOR
+
+    def table(self) -> str:
+        """A line for each wiring: agreement by levels, tokens a step of a chain, and what differs from the config."""
+        levels = range(1, len(self.best.agreement.shares) + 1)
+        lines = [" ".join([*(f"level {level}" for level in levels), "tokens/step", " wiring"])]
+        for trial in self.trials:
+            shares = " ".join(f"{share:7.1%}" for share in trial.agreement.shares)
+            changes = ", ".join(f"{name} {value}" for name, value in trial.changes.items()) or "as the config says"
+            lines.append(f"{shares} {trial.agreement.gain:11.2f}  {changes}")
+        return "\n".join(lines)
+
+
+def probe_as_it_is(
+    source: str,
+    drafter: Drafter,
+    target: Any,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
+    num_tokens: int = NUM_TOKENS,
+) -> Probe:
+    """How well a drafter foretells a target, where there is one way to wire it.
+
+    Raises:
+        TypeError: A drafter that has no log-probabilities.
+        ValueError: As [`write_texts`].
+    """
+    [agreement] = agreements(target, [drafter], write_texts(target, inputs, num_tokens))
+    return tell(source, Probe([Trial({}, {}, agreement)], drafter))
+
+
+def rank(agreement: Agreement) -> tuple[float, float]:
+    """What makes a wiring better: tokens that are gained, and in a draw the probability of the target's."""
+    return round(agreement.gain, 2), agreement.log_prob
+
+
+def tell(source: str, probe: Probe) -> Probe:
+    """Log what was found, and warn where even the best is poor."""
+    logger.info(f"Wirings of {source!r}:\n{probe.table()}")
+    if probe.is_poor:
+        logger.warning(
+            f"The drafter {source!r} foretells {probe.best.agreement.shares[0]:.0%} of the target's tokens, however it "
+            "is wired, and will gain little. Was it made for this very target?"
+        )
+    return probe
