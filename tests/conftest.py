@@ -3,13 +3,13 @@
 import pytest
 from double import keeping_double
 
-from dream_hf.drafters.dream import configuration as configuration_dream
+from dream_hf.drafters import new_drafters
 
 
 @pytest.fixture(autouse=True)
 def drafting_in_every_step(monkeypatch):
     """New drafters pause soon if they are as bad as untrained ones; tests want them to draft (but for one in test_pausing)."""
-    monkeypatch.setattr(configuration_dream, "NEW_DRAFTERS", {})
+    monkeypatch.setattr(new_drafters, "NEW_DRAFTERS", {})
 
 
 @pytest.fixture(scope="module", autouse=True)

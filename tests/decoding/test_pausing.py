@@ -31,8 +31,7 @@ from dream_hf.decoding import draft_schedule as pausing
 from dream_hf.decoding import loop as generation
 from dream_hf.decoding.draft_schedule import FIRST_PAUSE, LONGEST_PAUSE, PROBE, WINDOW, DraftSchedule
 from dream_hf.decoding.tree import DraftTree
-from dream_hf.drafters import lazy_session
-from dream_hf.drafters.dream import configuration as configuration_dream
+from dream_hf.drafters import lazy_session, new_drafters
 from dream_hf.drafters.dream.state import DrafterState, DreamLevels
 from dream_hf.drafters.pending import PendingTokens
 
@@ -148,7 +147,7 @@ def test_a_threshold_that_is_none(value):
 def as_released(monkeypatch):
     """With the value that new drafters start with outside the tests."""
     monkeypatch.undo()
-    return configuration_dream.NEW_DRAFTERS
+    return new_drafters.NEW_DRAFTERS
 
 
 def test_new_drafters_pause_and_saved_ones_keep_their_value(as_released, tmp_path):

@@ -110,7 +110,7 @@ def _with_pictures(
 def head_for(drafter: Any, prefill: Prefill) -> TargetHead:
     """Embedding and head, the drafter's own or the target's; they are asked for tokens and states from anywhere."""
     assert prefill.features is not None  # the drafter needs them
-    embed = partial(_embed, drafter.embed_tokens or prefill.target.embedding)
+    embed = partial(embed_from, drafter.embed_tokens or prefill.target.embedding)
     if drafter.lm_head is not None:
         logits = partial(_own_logits, drafter)
     else:
@@ -118,7 +118,7 @@ def head_for(drafter: Any, prefill: Prefill) -> TargetHead:
     return TargetHead(embed=embed, logits=logits, token_ids=drafter.draft_token_ids, ends=prefill.end_ids)
 
 
-def _embed(table: Any, token_ids: torch.Tensor) -> torch.Tensor:
+def embed_from(table: Any, token_ids: torch.Tensor) -> torch.Tensor:
     """Embeddings of tokens; what stands for a picture may lie outside of a table, where the target merges it."""
     weight = table.weight
     token_ids = token_ids.to(weight.device)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..decoding.acceptance import accept_greedy
-from ..drafters.dream.drafter import DreamDrafter
-from ..drafters.dream.state import DrafterState, DreamLevels
+from ..decoding.settings import DraftSettings
 from ..drafters.growth import grow_tree
 from ..drafters.levels import TargetHead
 from .losses import MAX_LOGITS
-from .rollout import roll_out
 from .target_features import DrafterBatch
+from .ways import way_of
 
 
 @dataclass
@@ -76,16 +76,14 @@ class AcceptanceCounts:
 
 
 @torch.no_grad()
-def replay_decoding(
-    drafter: DreamDrafter, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts
-) -> list[list[int]]:
+def replay_decoding(drafter: Any, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts) -> list[list[int]]:
     """Decode every answer of a batch anew, greedily, the answer standing in for the target.
 
     Every step is drafted: pauses (`pause_below`) are about speed, not about the drafter.
 
     Args:
-        drafter (`DreamDrafter`): The drafter, with the tree of its config.
-        head (`TargetHead`): The target's embedding and head.
+        drafter (`PreTrainedModel`): The drafter, with the tree of its config.
+        head (`TargetHead`): Embedding and head that it drafts with.
         batch (`DrafterBatch`): Texts with the target's features.
         counts (`AcceptanceCounts`): Gets what was accepted.
 
@@ -102,21 +100,24 @@ def replay_decoding(
 class _Replay:
     """Rows in lockstep, each at the column of its last token."""
 
-    def __init__(self, drafter: DreamDrafter, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts):
-        self.drafter, self.head, self.batch, self.counts = drafter, head, batch, counts
-        self.device = drafter.device
-        self.answers = [_answers(row) for row in batch.predicts.tolist()]
+    def __init__(self, drafter: Any, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts):
+        self.head, self.counts, self.device = head, counts, drafter.device
+        self.way, self.settings = way_of(drafter), DraftSettings.of(drafter.config)
+        rows = self.way.rows(batch)
+        self.answers = [_answers(row) for row in rows.predicts.tolist()]
         self.gains: list[list[int]] = [[] for _ in self.answers]
-        self.state = DrafterState(drafter, len(self.answers))
+        self.state = self.way.start(drafter, len(self.answers))
         self.at = [answers[0][0] if answers else 0 for answers in self.answers]
-        self.features = batch.text.features.to(self.device)
-        self.embeds = batch.text.embeds.to(self.device)
-        self.positions = batch.text.positions.to(self.device)
-        self.token_ids = batch.token_ids.to(self.device)
+        self.features, self.behind = rows.features.to(self.device), rows.behind
+        self.embeds, self.positions = rows.embeds.to(self.device), rows.positions.to(self.device)
+        self.token_ids = rows.token_ids.to(self.device)
         if self.is_running:
             end = max(self.at) + 1
             self.state.read(
-                self.embeds[:, :end], self.features[:, : end - 1], self.positions[:, :end], [at + 1 for at in self.at]
+                self.embeds[:, :end],
+                self.features[:, : end - self.behind],
+                self.positions[:, :end],
+                [at + 1 for at in self.at],
             )
 
     @property
@@ -127,8 +128,8 @@ class _Replay:
         """Draft a tree for each row, keep the path that agrees with its answer, go on behind it."""
         at = torch.tensor(self.at, device=self.device)[:, None]
         ends = torch.tensor([row[0][1] if row else 0 for row in self.answers], device=self.device)[:, None]
-        levels, roots = DreamLevels(self.state, self.head), self.token_ids.gather(1, at)
-        tree = grow_tree(levels, roots, self.state.settings, self.head.ends)
+        levels, roots = self.way.levels(self.state, self.head), self.token_ids.gather(1, at)
+        tree = grow_tree(levels, roots, self.settings, self.head.ends)
         following = at + tree.depths + 1
         choices = self.token_ids.gather(1, following.clamp(max=self.token_ids.shape[1] - 1))
         lengths = accept_greedy(tree, choices.masked_fill(following > ends, -1)).lengths.tolist()
@@ -136,7 +137,8 @@ class _Replay:
         if self.is_running:
             ahead = torch.arange(max(moves), device=self.device)
             last = self.token_ids.shape[1] - 1
-            read, below = (at + 1 + ahead).clamp(max=last), (at + ahead).clamp(max=last)
+            read = (at + 1 + ahead).clamp(max=last)
+            below = (at + 1 - self.behind + ahead).clamp(max=last)
             self.state.read(
                 _rows(self.embeds, read), _rows(self.features, below), self.positions.gather(1, read), moves
             )
@@ -159,12 +161,12 @@ class _Replay:
 
 
 @torch.no_grad()
-def count_chain_hits(drafter: DreamDrafter, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts) -> None:
+def count_chain_hits(drafter: Any, head: TargetHead, batch: DrafterBatch, counts: AcceptanceCounts) -> None:
     """Draft a chain below every answer token, its tokens the answer's own, and see at every depth what it would draft.
 
     Args:
-        drafter (`DreamDrafter`): The drafter.
-        head (`TargetHead`): The target's embedding and head.
+        drafter (`PreTrainedModel`): The drafter.
+        head (`TargetHead`): Embedding and head that it drafts with.
         batch (`DrafterBatch`): Texts with the target's features.
         counts (`AcceptanceCounts`): Gets the hits.
     """
@@ -173,7 +175,9 @@ def count_chain_hits(drafter: DreamDrafter, head: TargetHead, batch: DrafterBatc
     batch = DrafterBatch(batch.text, batch.token_ids, batch.predicts & is_answer, None)
     following = batch.token_ids.roll(-1, dims=1)[batch.predicts].to(drafter.device)
     top_k = drafter.config.tree_top_k
-    for step in roll_out(drafter, batch, batch.text.features.to(drafter.device, drafter.dtype), counts.depth):
+    for step in way_of(drafter).roll_out(
+        drafter, batch, batch.text.features.to(drafter.device, drafter.dtype), counts.depth
+    ):
         wanted = following[step.predictions]
         counts.asked[step.index] += len(wanted)
         size = max(1, MAX_LOGITS // drafter.config.vocab_size)

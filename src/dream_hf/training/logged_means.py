@@ -62,6 +62,7 @@ def _scales(value: ObjectiveValue, batch: DrafterBatch, is_visual: Tensor) -> di
         "rms_visual_embeds": rms(batch.text.embeds, real & is_visual),
         "rms_features": rms(batch.text.features, real),
         "rms_drafted_features": rms(value.first.hidden),
-        "rms_drafted_mid_features": rms(value.first.mid),
     }
+    if value.first.mid is not None:
+        scales["rms_drafted_mid_features"] = rms(value.first.mid)
     return scales if batch.mid is None else {**scales, "rms_mid_features": rms(batch.mid)}

@@ -71,6 +71,7 @@ def distribution_losses(
     head: Callable[[Tensor], Tensor],
     names: Sequence[str],
     max_logits: int = MAX_LOGITS,
+    own_head: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """
     Compare the tokens that a drafter and its target predict, without ever holding all logits.
@@ -84,6 +85,7 @@ def distribution_losses(
         head (`Callable`): The target's LM head, (n, H) -> logits (n, V), soft-capping and scaling included.
         names (`Sequence[str]`): Which of "kl", "tv" and "nla".
         max_logits (`int`): Most elements of one chunk's logits.
+        own_head (`Callable`, *optional*): Makes the drafter's logits, of the same V tokens; by default `head` does.
 
     Returns:
         `dict[str, torch.Tensor]`: For each name the loss of every position, (N,).
@@ -94,7 +96,7 @@ def distribution_losses(
     def losses_of(drafted: Tensor, features: Tensor) -> Tensor:  # (n, H), (n, H) -> (names, n)
         with torch.no_grad():
             log_p = _upcast(head(features)).log_softmax(-1)
-        log_q = _upcast(head(drafted)).log_softmax(-1)
+        log_q = _upcast((own_head or head)(drafted)).log_softmax(-1)
         return torch.stack([DISTRIBUTION_LOSSES[name](log_p, log_q) for name in names])
 
     with torch.no_grad():

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .losses import distribution_losses, normalize_features, smooth_l1, step_weights
-from .rollout import RolloutStep, roll_out, sample_starts
+from .rollout import RolloutStep, sample_starts
 from .target_features import DrafterBatch
+from .ways import DreamWay, Way
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Objective:
     rollout_steps: int = 1
     rollout_decay: float = 0.8
     rollout_share: float = 1.0
+    way: Way = DreamWay()  # noqa: RUF009 - it has no state
 
     def weights(self) -> dict[str, float]:
         """Weight of each loss that counts, by the name it is logged under."""
@@ -47,6 +49,7 @@ class Objective:
         features: Tensor,
         head: Callable[[Tensor], Tensor],
         generator: torch.Generator | None = None,
+        own_head: Callable[[Tensor], Tensor] | None = None,
     ) -> ObjectiveValue:
         """Run the drafter and sum up its losses.
 
@@ -57,19 +60,20 @@ class Objective:
             head (`Callable`): The target's LM head, (n, H) -> logits.
             generator (`torch.Generator`, *optional*): Chooses the chains that `rollout_share` leaves; without it all are
                 followed.
+            own_head (`Callable`, *optional*): Makes the drafter's logits, of the same tokens; by default `head` does.
 
         Returns:
             `ObjectiveValue`
         """
-        clean = batch.text.features[batch.predicts].to(features.device)  # (N, H)
+        clean = batch.text.features[batch.predicts][:, -batch.text.embeds.shape[-1] :].to(features.device)  # (N, H)
         total, parts, drafted = features.new_zeros((), dtype=torch.float32), {}, []
         step_weight = step_weights(self.rollout_steps, self.rollout_decay)
         starts = None
         if generator is not None and self.rollout_share < 1:
             starts = sample_starts(batch.predicts, self.rollout_share, generator)
             step_weight[1:] = [weight / self.rollout_share for weight in step_weight[1:]]
-        for step in roll_out(drafter, batch, features, self.rollout_steps, starts):
-            losses = self._losses(step, clean, batch.mid, head)
+        for step in self.way.roll_out(drafter, batch, features, self.rollout_steps, starts):
+            losses = self._losses(step, clean, batch.mid, head, own_head)
             for name, weight in self.weights().items():
                 if name in losses:
                     summed = losses[name].sum()
@@ -80,16 +84,21 @@ class Objective:
         return ObjectiveValue(total, parts, drafted[0])
 
     def _losses(
-        self, step: RolloutStep, clean: Tensor, mid: Tensor | None, head: Callable[[Tensor], Tensor]
+        self,
+        step: RolloutStep,
+        clean: Tensor,
+        mid: Tensor | None,
+        head: Callable[[Tensor], Tensor],
+        own_head: Callable[[Tensor], Tensor] | None,
     ) -> dict[str, Tensor]:
         """Losses of the n positions of a step, by name."""
         weights, which = self.weights(), step.predictions
         losses: dict[str, Tensor] = {}
         if names := [name for name in ("kl", "tv", "nla") if name in weights]:
-            losses |= distribution_losses(step.hidden, clean[which], head, names)
+            losses |= distribution_losses(step.hidden, clean[which], head, names, own_head=own_head)
         if "final" in weights:
             losses["final"] = self._compare(step.hidden, clean[which], self.feature_normalization == "all")
-        if "mid" in weights and mid is not None:
+        if "mid" in weights and mid is not None and step.mid is not None:
             losses["mid"] = self._compare(step.mid, mid[which], self.feature_normalization != "none")
         return losses
 

@@ -30,13 +30,13 @@ class RolloutStep:
         index (`int`): The step, 0 for the pass on the target's features.
         predictions (`torch.LongTensor` of shape `(n,)`): Which of the N predictions these are.
         hidden (`torch.Tensor` of shape `(n, H)`): Final features.
-        mid (`torch.Tensor` of shape `(n, H)`): Intermediate features.
+        mid (`torch.Tensor` of shape `(n, H)`, *optional*): Intermediate features, of those that make any.
     """
 
     index: int
     predictions: torch.Tensor
     hidden: torch.Tensor
-    mid: torch.Tensor
+    mid: torch.Tensor | None = None
 
 
 class StepCache:
@@ -95,13 +95,13 @@ def roll_out(
     if num_steps == 1:
         return
 
-    chains = _Chains.below(predicts, predicts if starts is None else starts)
-    hidden = _rows(hidden, chains.bases)
+    chains = Chains.below(predicts, predicts if starts is None else starts)
+    hidden = entries(hidden, chains.bases)
     for step in range(1, num_steps):
         cache = cache.next_step()  # type: ignore[union-attr]
         is_reached, at = chains.at_depth(step)
         out = drafter(
-            _rows(embeds, at),
+            entries(embeds, at),
             hidden,
             attention_mask=chains.masks(step),
             position_ids=text.positions.gather(1, at),
@@ -124,7 +124,7 @@ def sample_starts(predicts: torch.Tensor, share: float, generator: torch.Generat
 
 
 @dataclass(frozen=True)
-class _Chains:
+class Chains:
     """Where chains start: `bases` (B, M) columns, `is_base` (B, M) and `numbers` (B, M) of their predictions."""
 
     predicts: torch.Tensor
@@ -133,7 +133,7 @@ class _Chains:
     numbers: torch.Tensor
 
     @classmethod
-    def below(cls, predicts: torch.Tensor, starts: torch.Tensor) -> _Chains:
+    def below(cls, predicts: torch.Tensor, starts: torch.Tensor) -> Chains:
         order, counts = left_aligned(starts)
         slots = torch.arange(max(int(counts.max()), 1), device=predicts.device)
         bases = order[:, : len(slots)]
@@ -154,6 +154,6 @@ class _Chains:
         return DraftMasks(OwnChains(self.bases + 1, depth), OwnChains(self.bases, depth))
 
 
-def _rows(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+def entries(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Entries `at` (B, M) of states (B, K, H)."""
     return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))

@@ -17,16 +17,19 @@ import yaml
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..drafters.dream.configuration import check_config_names
 from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.dream.shape import MOST, suggested_shape, weight_ratio
-from ..load_models import load_models
+from ..drafters.eagle.drafter import EagleDrafter
+from ..drafters.new_drafters import check_config_names
+from ..drafters.published_files import read_published_config
+from ..load_models import load_models, load_saved
 from .arguments import DreamTrainingArguments
 from .trainer import DreamTrainer
 
 logger = logging.get_logger(__name__)
 
 RECIPE = "recipe.yaml"
+NEW: dict[str, Any] = {"dream": DreamDrafter, "eagle3": EagleDrafter}  # by `drafter_type`
 
 
 def _argument(default: Any, text: str) -> Any:
@@ -44,6 +47,7 @@ class ModelDataArguments:
     train_dataset: str = field(metadata={"help": "Rows to train on: a .jsonl, .json or .parquet file, or a Hub id."})
     eval_dataset: Optional[str] = _argument(None, "Rows to evaluate on.")  # noqa: UP045 - the parser wants this form
     drafter: Optional[str] = _argument(None, "Folder or Hub id of a drafter to go on from.")  # noqa: UP045
+    drafter_type: str = _argument("dream", "Kind of a new drafter: dream or eagle3.")
     drafter_config: Union[dict, str, None] = _argument(  # noqa: UP007
         None, 'Fields of the config of a new drafter, as JSON: {"tree_depth": 8}.'
     )
@@ -71,7 +75,9 @@ class ModelDataArguments:
             raise ValueError(
                 f'`drafter_config` ({self.drafter_config!r}) must be a mapping, like {{"tree_depth": 8}}.'
             )
-        check_config_names(self.drafter_config or {})
+        if self.drafter_type not in NEW:
+            raise ValueError(f"`drafter_type` ({self.drafter_type!r}) must be {' or '.join(NEW)}.")
+        check_config_names(NEW[self.drafter_type].config_class, self.drafter_config or {})
         if self.drafter_config and self.drafter is not None:
             raise ValueError(
                 f"`drafter_config` ({self.drafter_config}) shapes a new drafter and `drafter` ({self.drafter!r}) names one "
@@ -106,9 +112,9 @@ def run_training(
     )
     shape: Any = given.drafter_config or {}  # JSON has been read
     drafter: Any = (
-        DreamDrafter.for_target(models.target, **shape)
+        NEW[given.drafter_type].for_target(models.target, **shape)
         if given.drafter is None
-        else DreamDrafter.from_pretrained(given.drafter, dtype=torch.float32)
+        else load_saved(given.drafter, read_published_config(given.drafter), torch.float32)
     )
     trainer = DreamTrainer(
         model=drafter.to(args.device),
@@ -119,7 +125,7 @@ def run_training(
         processing_class=models.processor,
         peft_config=_lora(given) if given.use_lora else None,
     )
-    if given.drafter is None and trainer.is_world_process_zero():
+    if isinstance(drafter, DreamDrafter) and given.drafter is None and trainer.is_world_process_zero():
         tell(shape_advice(models.target.config, drafter.config))
     trainer.train(resume_from_checkpoint=_resume(args))
     if trainer.is_world_process_zero():

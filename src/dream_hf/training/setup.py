@@ -14,14 +14,15 @@ from transformers.utils import logging
 from ..data import ConversationDataset, count_answer_tokens
 from ..decoding.requests import check_target
 from ..drafters.dream.checks import check_fit
-from ..drafters.dream.configuration import describe_target
-from ..drafters.dream.drafter import DreamDrafter
+from ..drafters.eagle.drafter import EagleDrafter
+from ..drafters.fit import describe_target
 from ..drafters.vocabulary import check_draft_vocabulary, choose_draft_vocabulary
 from ..targets.target import Target, end_ids, unwrap
 from .arguments import DreamTrainingArguments
 from .feature_cache import fingerprint_rows, fingerprint_weights
 from .objective import Objective
 from .target_features import FeatureExtractor, LayerSelection
+from .ways import PairedWay, Way, way_of
 
 logger = logging.get_logger(__name__)
 
@@ -41,21 +42,37 @@ def whole_weight(weight: Any) -> Any:
 def check_models(drafter: Any, target: Any) -> None:
     """Refuse a drafter or a target that is none, and a pair that does not fit."""
     drafter = unwrap(drafter)
-    if not isinstance(drafter, DreamDrafter):
-        raise TypeError(
-            f"`model` is a `{type(drafter).__name__}`; pass the drafter to train, for example "
-            "`DreamDrafter.for_target(target)`."
-        )
+    way_of(drafter)
     if not isinstance(unwrap(target), PreTrainedModel):
         raise TypeError(f"`target` is a `{type(target).__name__}`; pass the loaded model that the drafter drafts for.")
     check_target(unwrap(target))
+    if isinstance(drafter, EagleDrafter):
+        check_trainable(drafter, unwrap(target))
+        return
     check_fit(drafter, unwrap(target))
     drafter.config.check_drafting()
+
+
+def check_trainable(drafter: EagleDrafter, target: PreTrainedModel) -> None:
+    """Refuse an EAGLE drafter that is not trained here, or one that was made for another target."""
+    config = drafter.config
+    drafter.check(target, drafter.settings)
+    if config.generation != 3 or config.image_rows != "token" or config.mrope_section is not None:
+        raise ValueError(
+            "Of EAGLE drafters those of `generation` 3 are trained, with `image_rows` 'token' and without `mrope_section`; "
+            f"this one has {config.generation}, {config.image_rows!r} and {config.mrope_section}. Make one with "
+            "`EagleDrafter.for_target(target)`."
+        )
 
 
 def prepare_drafter(drafter: Any, args: DreamTrainingArguments, peft_config: Any) -> Any:
     """The drafter as it is trained: float32 weights, the arguments' share of visual tokens, adapters if wanted."""
     config = unwrap(drafter).config
+    asked = [name for name in ("visual_keep_ratio", "visual_importance") if getattr(args, name) is not None]
+    if asked and isinstance(unwrap(drafter), EagleDrafter):
+        raise ValueError(
+            f"`{asked[0]}` ({getattr(args, asked[0])!r}) is for DREAM; an EAGLE drafter reads every token."
+        )
     if args.visual_keep_ratio is not None:
         config.visual_keep_ratio = args.visual_keep_ratio  # so that decoding leaves out what training left out
     if args.visual_importance is not None:
@@ -92,7 +109,7 @@ def check_vocabulary_request(drafter: Any, args: DreamTrainingArguments, train_d
 
 
 def choose_vocabulary(
-    drafter: DreamDrafter,
+    drafter: Any,
     target: PreTrainedModel,
     processor: Any,
     dataset: ConversationDataset,
@@ -146,17 +163,20 @@ def check_best_metric(args: DreamTrainingArguments, eval_dataset: Any) -> None:
     args.metric_for_best_model = args.greater_is_better = None
 
 
-def make_objective(args: DreamTrainingArguments) -> Objective:
-    """The objective that the arguments describe."""
-    values = {name: getattr(args, name) for name in Objective.__dataclass_fields__}
-    if args.feature_selection == "none":
+def make_objective(args: DreamTrainingArguments, way: Way) -> Objective:
+    """The objective that the arguments describe. What EAGLE puts out is compared with no feature of the target's."""
+    values = {name: getattr(args, name) for name in Objective.__dataclass_fields__ if name != "way"}
+    is_paired = isinstance(way, PairedWay)
+    if args.feature_selection == "none" or is_paired:
         values["mid_feature_loss_weight"] = 0.0
-    return Objective(**values)
+    if is_paired:
+        values["final_feature_loss_weight"] = 0.0
+    return Objective(**values, way=way)
 
 
-def make_selection(args: DreamTrainingArguments, target: Target) -> LayerSelection:
+def make_selection(args: DreamTrainingArguments, target: Target, way: Way) -> LayerSelection:
     """The selection of intermediate features that the arguments describe; none where no loss wants them."""
-    mode = args.feature_selection if args.mid_feature_loss_weight else "none"
+    mode = args.feature_selection if make_objective(args, way).mid_feature_loss_weight else "none"
     return LayerSelection.make(
         mode, len(target.decoder.layers), args.candidate_depth, args.static_layer_index, args.static_layer_depth
     )
@@ -177,5 +197,6 @@ def describe_features(
         "feature_selection": [extractor.selection.mode, *extractor.selection.layers],
         "visual_keep_ratio": extractor.keep_ratio,
         "visual_importance": extractor.importance,
+        **({"layers": extractor.layers} if extractor.has_placeholders else {}),
         "max_length": max_length,
     }

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..drafters.dream.compression import DrafterText, compress_text
 from ..drafters.dream.reading import Reading
+from ..drafters.paired_session import embed_from
 from ..targets.attention_statistics import attention_entropy, attention_received, observe_attention
 from ..targets.target import Target
 
@@ -41,7 +42,8 @@ class TargetFeatures:
     Args:
         places (`Places`): Which tokens are what.
         embeds (`torch.Tensor` of shape `(B, T, H)`): Input embeddings, images merged.
-        features (`torch.Tensor` of shape `(B, T, H)`): Last-layer features, after the final norm.
+        features (`torch.Tensor` of shape `(B, T, layers * H)`): Of the layers that are wanted, the last ones after the final
+            norm.
         mid (`torch.Tensor` of shape `(N, H)`, *optional*): Selected intermediate features of the predictions.
         received (`torch.Tensor` of shape `(B, T)`, *optional*): Attention each token gets from the prompt's queries in
             the last layer.
@@ -178,12 +180,16 @@ class FeatureExtractor:
         selection (`LayerSelection`): Which intermediate features to take.
         keep_ratio (`float`): Share of the visual tokens the drafter keeps.
         importance (`str`): How visual tokens are ranked, as `DreamConfig.visual_importance` says.
+        layers (`tuple[int, ...]`): Whose features to take, side by side, as [`Needs`] names them; the last is -1.
+        has_placeholders (`bool`): Whether pictures are embedded as their placeholders, and not as they entered the target.
     """
 
     target: Target
     selection: LayerSelection
     keep_ratio: float
     importance: str = "attention"
+    layers: tuple[int, ...] = (-1,)
+    has_placeholders: bool = False
     _knows_logits: bool = field(default=False, init=False)
 
     @torch.no_grad()
@@ -204,12 +210,20 @@ class FeatureExtractor:
         selected = _Selected(self.selection, columns, predicts[:, columns])
         inputs = self.target.mark_answers(inputs, answer_mask)
         with self._watching(selected), self._measuring(places, answer_mask) as received:
-            with self.target.recording() as record, torch.autocast(predicts.device.type, enabled=False):
+            with (
+                self.target.recording(layers=self.layers) as record,
+                torch.autocast(predicts.device.type, enabled=False),
+            ):
                 outputs = self.target.model(**inputs, logits_to_keep=1, use_cache=False, return_dict=True)
         embeds, features = record.take()
         assert embeds is not None and features is not None  # both are recorded
+        if self.has_placeholders:
+            plain = embed_from(self.target.embedding, inputs["input_ids"]).to(embeds.device)
+            embeds = torch.where(is_visual.to(embeds.device)[..., None], plain, embeds)
         if not self._knows_logits:
-            self.target.learn_logit_rule(features[:, -1], outputs.logits[:, -1].to(features.device))
+            self.target.learn_logit_rule(
+                features[:, -1, -embeds.shape[-1] :], outputs.logits[:, -1].to(features.device)
+            )
             self._knows_logits = True
         return TargetFeatures(places, embeds, features, selected.result(), received[0] if received else None)
 
@@ -232,6 +246,8 @@ class FeatureExtractor:
         )
         is_there = torch.arange(text.order.shape[1], device=device) < text.counts[:, None]
         predicts = places.predicts.gather(1, text.order) & is_there
+        if self.has_placeholders:  # rows are pairs: below a text's first token there is no feature
+            predicts[:, 0] = False
         token_ids = inputs["input_ids"].to(device).gather(1, text.order).masked_fill(~is_there, 0)
         return DrafterBatch(text, token_ids, predicts, made.mid)
 

@@ -16,8 +16,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data import ConversationCollator
+from ..drafters.dream.configuration import DreamConfig
 from ..drafters.dream.drafter import DreamDrafter
+from ..drafters.eagle.drafter import EagleDrafter
 from ..drafters.levels import TargetHead
+from ..drafters.paired_session import embed_from
 from ..hub.model_card import write_adapter_card, write_card
 from ..targets.target import Target, end_ids, unwrap
 from .acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decoding
@@ -40,20 +43,21 @@ from .setup import (
     whole_weight,
 )
 from .target_features import DrafterBatch, FeatureExtractor, predictions
+from .ways import Logits, way_of
 
 logger = logging.get_logger(__name__)
 
 
 class DreamTrainer(WholeCheckpointTrainer):
     """
-    Train a drafter for a frozen target (DREAM, arXiv 2505.19201, section 3.2).
+    Train a drafter for a frozen target (DREAM, arXiv 2505.19201, section 3.2; EAGLE-3, arXiv 2503.01840).
 
     Every step runs the target once over the conversations, without gradients, and trains the drafter on what it makes of
     the answers; no features are stored. Everything else is transformers' [`~transformers.Trainer`].
 
     Args:
-        model (`DreamDrafter`): The drafter; in half precision it is trained in float32, use `bf16=True` for mixed
-            precision.
+        model (`DreamDrafter` or `EagleDrafter`): The drafter; in half precision it is trained in float32, use
+            `bf16=True` for mixed precision.
         target (`PreTrainedModel`): The target. It is put into evaluation mode and frozen, never saved and never wrapped;
             it may be quantised or lie on several devices.
         args (`DreamTrainingArguments`): The training arguments.
@@ -79,7 +83,7 @@ class DreamTrainer(WholeCheckpointTrainer):
 
     def __init__(
         self,
-        model: DreamDrafter,
+        model: DreamDrafter | EagleDrafter,
         *,
         target: PreTrainedModel,
         args: DreamTrainingArguments | None = None,
@@ -91,6 +95,7 @@ class DreamTrainer(WholeCheckpointTrainer):
     ) -> None:
         args = args or DreamTrainingArguments(output_dir="tmp_trainer")
         check_models(model, target)
+        self.way = way_of(unwrap(model))
         check_vocabulary_request(model, args, train_dataset, peft_config)
         if processing_class is None:
             raise ValueError("`processing_class` is missing; pass the target's processor, with its chat template.")
@@ -112,10 +117,15 @@ class DreamTrainer(WholeCheckpointTrainer):
             **kwargs,
         )
         self.target = Target(freeze(target, args))
-        self.objective = make_objective(args)
+        self.objective = make_objective(args, self.way)
         config = self._config
         self.extractor = FeatureExtractor(
-            self.target, make_selection(args, self.target), config.visual_keep_ratio, config.visual_importance
+            self.target,
+            make_selection(args, self.target, self.way),
+            getattr(config, "visual_keep_ratio", 1.0),
+            getattr(config, "visual_importance", "attention"),
+            layers=self.way.layers(unwrap(model)),
+            has_placeholders=self.way.reads_placeholders,
         )
         self.logged_means = LoggedMeans(args.device)
         self._num_batches = 0
@@ -215,7 +225,8 @@ class DreamTrainer(WholeCheckpointTrainer):
         features = batch.text.features.to(next(model.parameters()).dtype)
         generator = self._generator(features.device)
         features = add_noise(features, lengths, self.args.feature_noise, generator)
-        value = self.objective(model, batch, features, self._loss_logits(model), generator)
+        head, own_head = self._loss_logits(model)
+        value = self.objective(model, batch, features, head, generator, own_head)
         self.logged_means.add(value, batch, self.target.is_visual(batch.token_ids))
         num_items = batch.predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         # Processes average their gradients, and what is wanted is the sum.
@@ -247,13 +258,14 @@ class DreamTrainer(WholeCheckpointTrainer):
         """The target's logits (..., V) for features (..., H), on the features' device."""
         return self._run_head(self.target.logits, features)
 
-    def _loss_logits(self, drafter: Any) -> Callable[[Tensor], Tensor]:
-        """The logits that losses compare, for a drafter or what wraps it."""
-        if self.args.loss_vocabulary == "all":
-            return self.logits
-        return self._draft_logits(unwrap(self.accelerator.unwrap_model(drafter, keep_torch_compile=False)))  # type: ignore[arg-type]
+    def _loss_logits(self, drafter: Any) -> tuple[Logits, Logits]:
+        """The heads whose logits losses compare, the target's and the drafter's, for a drafter or what wraps it."""
+        drafter = unwrap(self.accelerator.unwrap_model(drafter, keep_torch_compile=False))
+        has_own_head = getattr(drafter, "lm_head", None) is not None  # which knows no more than may be drafted
+        head = self._draft_logits(drafter) if has_own_head or self.args.loss_vocabulary == "draft" else self.logits
+        return head, self.way.logits(drafter, head)
 
-    def _draft_logits(self, drafter: DreamDrafter) -> Callable[[Tensor], Tensor]:
+    def _draft_logits(self, drafter: Any) -> Callable[[Tensor], Tensor]:
         """The logits of what a drafter may draft, made as `logits` are."""
         head = self.target.draft_logits(drafter)
         return lambda features: self._run_head(head, features)
@@ -313,7 +325,8 @@ class DreamTrainer(WholeCheckpointTrainer):
         drafter.eval()
         counts = AcceptanceCounts(drafter.config.tree_depth)
         ends = end_ids(self.target.model.generation_config)
-        head = TargetHead(self._embed, self._draft_logits(drafter), drafter.draft_token_ids, ends)
+        logits = self.way.logits(drafter, self._draft_logits(drafter))
+        head = TargetHead(self._embed, logits, drafter.draft_token_ids, ends)
         loss = torch.zeros((), device=self.args.device)
         num_items = torch.zeros((), dtype=torch.long, device=self.args.device)
         for raw_inputs in dataloader:
@@ -322,7 +335,8 @@ class DreamTrainer(WholeCheckpointTrainer):
             batch = self.extractor.drafter_batch(inputs, answer_mask).to(self.args.device)
             if batch.predicts.any():
                 features = batch.text.features.to(drafter.dtype)
-                loss += self.objective(drafter, batch, features, self._loss_logits(drafter)).total
+                head_of_loss, own_head = self._loss_logits(drafter)
+                loss += self.objective(drafter, batch, features, head_of_loss, own_head=own_head).total
                 num_items += batch.predicts.sum()
                 replay_decoding(drafter, head, batch, counts)
                 count_chain_hits(drafter, head, batch, counts)
@@ -345,7 +359,10 @@ class DreamTrainer(WholeCheckpointTrainer):
         return {"loss": total / num_tokens, **AcceptanceCounts.from_flat(counts.depth, flat).metrics()}
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        return self.target.embed(token_ids.to(self.target.embedding.weight.device))  # type: ignore[arg-type]
+        own: Any = getattr(
+            unwrap(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)), "embed_tokens", None
+        )
+        return embed_from(own or self.target.embedding, token_ids)
 
     def _whole_drafter(self) -> Any:
         """The drafter without wrappers; where its weights are spread over processes, a whole copy."""
@@ -355,7 +372,7 @@ class DreamTrainer(WholeCheckpointTrainer):
             return drafter
         if drafter.draft_token_ids is not None:
             weights["draft_token_ids"] = drafter.draft_token_ids
-        whole: Any = DreamDrafter(copy.deepcopy(drafter.config))
+        whole: Any = type(drafter)(copy.deepcopy(drafter.config))
         whole.load_state_dict(weights)
         return whole.to(self.args.device)
 
@@ -366,9 +383,11 @@ class DreamTrainer(WholeCheckpointTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         adapters = getattr(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), "peft_config", None)
-        for each in (adapters or {}).values():
+        for each in (adapters or {}).values() if isinstance(self._config, DreamConfig) else ():
             write_adapter_card(output_dir or self.args.output_dir, self._config, each.base_model_name_or_path or "")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the drafter's own card; transformers' template knows neither the target nor how to use a drafter."""
+        if not isinstance(self._config, DreamConfig):
+            return  # of other kinds there is no card yet
         write_card(self.args.output_dir, self._config, self.hub_model_id)

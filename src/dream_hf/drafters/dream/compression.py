@@ -80,8 +80,10 @@ def compress_text(
     num_kept = counts.tolist()
     order = order[:, : max(num_kept)]
     if min(num_kept) < num_tokens:  # else all are where they belong, and nothing is copied
-        wide = order[..., None].expand(-1, -1, features.shape[-1])
-        embeds, features, positions = embeds.gather(1, wide), features.gather(1, wide), positions.gather(1, order)
+        embeds, features = (
+            states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])) for states in (embeds, features)
+        )
+        positions = positions.gather(1, order)
     return DrafterText(embeds, features, positions, order, counts)
 
 

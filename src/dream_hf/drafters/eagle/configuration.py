@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ...decoding.settings import DraftSettings
+from ..new_drafters import check_config_names, derived_from
 
 MAX_PARAMETERS = 20_000_000_000
 MAX_LAYERS = 64
@@ -233,6 +236,27 @@ class EagleConfig(PreTrainedConfig):
                 f"`tree_top_k` ({settings.tree_top_k}) must not exceed the {size} tokens that are drafted."
             )
 
+    @classmethod
+    def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> EagleConfig:
+        """The configuration of a new EAGLE-3 drafter: one layer of the target's shape with a head of its own.
+
+        Args:
+            target_config (`PreTrainedConfig`): Configuration of the target, vision-language or text-only.
+            **overrides: Any argument of [`EagleConfig`], replacing the derived value. By default features of a low, a middle
+                and a high layer are read (arXiv 2503.01840).
+
+        Raises:
+            ValueError: An override that is no argument.
+        """
+        check_config_names(cls, overrides)
+        derived = derived_from(target_config)
+        return cls(**{**derived, "feature_layers": _three_layers(derived["target"]["num_hidden_layers"]), **overrides})
+
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
         """`feature_layers` as [`Needs`] counts them: i - 1 for what layer i - 1 puts out, -1 behind the final norm."""
         return tuple(-1 if index == num_target_layers else index - 1 for index in self.feature_layers)
+
+
+def _three_layers(num_layers: int) -> tuple[int, int, int]:
+    """A low, a middle and a high one, as EAGLE-3's authors take them of targets that are deep enough."""
+    return (2, num_layers // 2, num_layers - 3) if num_layers >= 8 else (1, (num_layers + 1) // 2, num_layers)

@@ -174,6 +174,7 @@ class EagleModel(EaglePreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         pictures: Pictures = NO_PICTURES,
+        is_fused: bool = True,
     ) -> EagleOutput:
         """Run T new rows behind those in the cache.
 
@@ -186,6 +187,7 @@ class EagleModel(EaglePreTrainedModel):
             position_ids (`torch.Tensor` of shape `(B, T)` or `(3, B, T)`, *optional*): By default rows are counted.
             past_key_values (`Cache`, *optional*): Extended in place.
             pictures (`Pictures`): Which rows enter the layers as they are, and what text reads of pictures before it.
+            is_fused (`bool`): False where `states` are features as the target made them, see [`EagleModel.fuse`].
 
         Returns:
             `EagleOutput`
@@ -193,6 +195,7 @@ class EagleModel(EaglePreTrainedModel):
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
         rows = torch.arange(num_past, num_past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         seen = visibility_of(attention_mask, rows)
+        states = states if is_fused else self.fuse(states)
         angles = self.angles(rows if position_ids is None else position_ids, inputs_embeds)
         if self.config.generation == 1:
             hidden = self.mixed(inputs_embeds, states, pictures)
