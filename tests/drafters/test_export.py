@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import dream_hf
 from dream_hf import EagleDrafter, export_drafter
 from dream_hf.cli.main import main
+from dream_hf.demo import load_pair
 from dream_hf.targets.target import Target
 
 FORMS = ["speculators", "eagle3"]
@@ -106,7 +107,7 @@ def test_other_drafters_are_refused_and_the_command_says_where_it_wrote(tmp_path
     target = family("llama").make_target()
     with pytest.raises(TypeError, match="EAGLE-3 drafters can be exported"):
         export_drafter(dream_hf.DreamDrafter.for_target(target), tmp_path, "speculators", target)
-    demo, *_ = dream_hf.demo.load_pair()
+    demo, *_ = load_pair()
     EagleDrafter.for_target(demo).save_pretrained(tmp_path / "drafter")
     assert (
         main(["export", str(tmp_path / "drafter"), str(tmp_path / "out"), "--target", "demo", "--format", "eagle3"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, Qwen3Config
 
 from ...targets.target import Target
 from .configuration import EagleConfig
@@ -89,7 +90,7 @@ def _speculators(drafter: EagleDrafter, target: Target) -> tuple[dict[str, Any],
     verifier = {"name_or_path": _name_of(target), "architectures": [type(target.model).__name__]}
     layer = {
         **_shape(config),
-        "model_type": "qwen3" if config.has_qk_norm else "llama",
+        "model_type": (Qwen3Config if config.has_qk_norm else LlamaConfig).model_type,
         "head_dim": config.head_dim,
         "num_hidden_layers": config.num_hidden_layers,
         "rope_parameters": {"rope_type": "default", "rope_theta": _theta(config)},
@@ -120,15 +121,15 @@ def _speculators(drafter: EagleDrafter, target: Target) -> tuple[dict[str, Any],
         "dtype": str(drafter.dtype).removeprefix("torch."),
     }
     tensors = _tensors(drafter, target)
-    table = tensors.get("embed_tokens.weight", target.embedding.weight)
-    return fields, {**tensors, "embed_tokens.weight": table}
+    borrowed: Any = target.embedding.weight
+    return fields, {"embed_tokens.weight": borrowed, **tensors}
 
 
 def _eagle3(drafter: EagleDrafter, target: Target) -> tuple[dict[str, Any], Tensors]:
     config = drafter.config
     fields = {
         "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
+        "model_type": LlamaConfig.model_type,
         **_shape(config),
         "head_dim": config.head_dim,
         "num_hidden_layers": 1,
@@ -183,9 +184,10 @@ def _tensors(drafter: EagleDrafter, target: Target) -> Tensors:
     config = drafter.config
     ids = drafter.draft_token_ids
     ids = torch.arange(config.vocab_size) if ids is None else ids.cpu()
+    head: Any = target.lm_head.weight
     tensors = {name: weight.data for name, weight in drafter.named_parameters()}
     if "lm_head.weight" not in tensors:
-        tensors["lm_head.weight"] = target.lm_head.weight.data.cpu()[ids].to(drafter.dtype)
+        tensors["lm_head.weight"] = head.data.cpu()[ids].to(drafter.dtype)
     tensors["d2t"] = ids - torch.arange(len(ids))
     tensors["t2d"] = torch.isin(torch.arange(config.vocab_size), ids)
     return tensors
