@@ -31,11 +31,13 @@ from .drafters.probe import NUM_TOKENS, Probe, probe_as_it_is
 from .drafters.published_files import read_published_config, read_tensors
 from .drafters.retrieval.drafter import RetrievalDrafter
 from .drafters.skip.drafter import LayerSkipDrafter
+from .targets.quantized import check_quantization, quantization_config
 from .targets.target import Target
 
 DEMO = "demo"
 RETRIEVAL, SKIP, MODEL = "retrieval", "skip", "model:"  # drafters that are made and not loaded
 PROBE = "probe"  # a wiring that is to be found out
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways of spreading a model
 BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
 
 
@@ -57,6 +59,8 @@ def load_models(
     revision: str | None = None,
     drafter_revision: str | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
+    device_map: str | None = None,
 ) -> Models:
     """Load a target, its processor and, where one is named, its drafter.
 
@@ -72,19 +76,25 @@ def load_models(
         revision (`str`, *optional*): Revision of the target.
         drafter_revision (`str`, *optional*): Revision of the drafter.
         attn_implementation (`str`, *optional*): The target's attention; transformers' choice by default.
+        quantization (`str`, *optional*): `"4bit"` or `"8bit"`: the target's weights are rounded while they are loaded.
+        device_map (`str`, *optional*): How to spread the target, instead of `device`: one of `DEVICE_MAPS`, which accelerate
+            explains.
 
     Raises:
         ValueError: A dtype or device that does not exist, a drafter that does not fit the target, or adapters that cannot be
             merged.
         OSError: Nothing to load under one of the names.
-        ImportError: The target's processor needs a package that is not installed.
+        ImportError: The target's processor, or the quantisation, needs a package that is not installed.
     """
-    device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
+    place = _device_map(device, device_map)
+    if quantization is not None:
+        check_quantization(quantization)
     target_source = source_of(target, "target")
     names = _drafter_names(drafter)
     for name in names:
         source_of(name, "drafter")  # before the target is loaded for nothing
-    model, processor = _load_target(target_source, pick_dtype(dtype), revision, attn_implementation, device_map)
+    options = {"dtype": pick_dtype(dtype), "device_map": place, "attn_implementation": attn_implementation}
+    model, processor = _load_target(target_source, revision, options, quantization)
     models = Models(model.eval(), processor, None)
     drafters = [_make_drafter(name, models, drafter_revision) for name in names]
     if len(drafters) > 1:
@@ -231,7 +241,7 @@ def _make_drafter(name: str, models: Models, revision: str | None) -> Drafter:
     if name.startswith(MODEL):
         target = models.target
         source = name.removeprefix(MODEL)
-        model, processor = _load_target(source, target.dtype, revision, None, {"": target.device})
+        model, processor = _load_target(source, revision, {"dtype": target.dtype, "device_map": {"": target.device}})
         return ModelDrafter(model.eval(), processor, models.processor)
     return load_drafter(name, models.target, revision=revision)
 
@@ -278,13 +288,24 @@ def pick_device(device: str | None) -> torch.device:
     return place
 
 
+def _device_map(device: str | None, device_map: str | None) -> Any:
+    """Where `from_pretrained` is to put the target."""
+    if device_map is None:
+        return "auto" if device == "auto" else {"": pick_device(device)}
+    if device_map not in DEVICE_MAPS:
+        raise ValueError(f"`device_map` ({device_map!r}) is unknown: use {', '.join(map(repr, DEVICE_MAPS))}.")
+    if device is not None:
+        raise ValueError(
+            f"`device_map` ({device_map!r}) spreads the target over devices and `device` ({device!r}) names one: give one of "
+            "the two. (Several processes have a device each.)"
+        )
+    return device_map
+
+
 def _load_target(
-    source: str | Path,
-    dtype: str | torch.dtype,
-    revision: str | None,
-    attn_implementation: str | None,
-    device_map: Any,
+    source: str | Path, revision: str | None, options: Mapping[str, Any], quantization: str | None = None
 ) -> tuple[Any, Any]:
+    """A model and its processor; `options` are `from_pretrained`'s, None for what it decides."""
     adapter = _read_adapter(source, revision)
     base, base_revision = (
         (source, revision) if adapter is None else (adapter.base_model_name_or_path, adapter.revision)
@@ -293,10 +314,16 @@ def _load_target(
     takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     model_class: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     processor = _load_processor(AutoProcessor if takes_images else AutoTokenizer, base, base_revision)
-    options: dict[str, Any] = {"dtype": dtype, "revision": base_revision, "device_map": device_map}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model = model_class.from_pretrained(base, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    if quantization is not None:
+        if adapter is not None:
+            raise ValueError(
+                f"`target` ({str(source)!r}) holds PEFT adapters, which would be merged into rounded weights: merge them, save "
+                f"the model, and load that with `quantization` ({quantization!r})."
+            )
+        dtype = config.get_text_config(decoder=True).dtype if given["dtype"] == "auto" else given["dtype"]
+        given["quantization_config"] = quantization_config(quantization, dtype)
+    model = model_class.from_pretrained(base, revision=base_revision, **given)
     return (model, processor) if adapter is None else _merge(model, processor, str(source), revision)
 
 

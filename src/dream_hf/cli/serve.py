@@ -35,7 +35,10 @@ def run(args: argparse.Namespace) -> None:
 
     from ..hub.attaching import attach
     from ..load_models import source_of
+    from ..targets.quantized import check_quantization
 
+    if args.target_quantization is not None:
+        check_quantization(args.target_quantization)
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("dream_hf").setLevel(args.log_level.upper())
     target, (drafter, drafter_revision) = source_of(args.target, "target"), files_of_drafter(args)
@@ -50,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
             host=args.host,
             port=args.port,
             dtype=args.dtype,
-            device=args.device or "auto",
+            device=args.target_device_map or args.device or "auto",
+            quantization=None if args.target_quantization is None else f"bnb-{args.target_quantization}",
             attn_implementation=args.attn_implementation,
             log_level="warning",
         )
