@@ -90,16 +90,18 @@ def load_models(
     if quantization is not None:
         check_quantization(quantization)
     target_source = source_of(target, "target")
-    names = _drafter_names(drafter)
-    for name in names:
+    for name in _drafter_names(drafter):
         source_of(name, "drafter")  # before the target is loaded for nothing
     options = {"dtype": pick_dtype(dtype), "device_map": place, "attn_implementation": attn_implementation}
     model, processor = _load_target(target_source, revision, options, quantization)
     models = Models(model.eval(), processor, None)
-    drafters = [_make_drafter(name, models, drafter_revision) for name in names]
-    if len(drafters) > 1:
-        return replace(models, drafter=CombinedDrafter(drafters))
-    return replace(models, drafter=drafters[0] if drafters else None)
+    return models if drafter is None else replace(models, drafter=make_drafter(drafter, models, drafter_revision))
+
+
+def make_drafter(drafter: str, models: Models, revision: str | None = None) -> Drafter:
+    """The drafter that a name stands for on the command line, for a target that is loaded; see [`load_models`]."""
+    drafters = [_make_drafter(name, models, revision) for name in _drafter_names(drafter)]
+    return CombinedDrafter(drafters) if len(drafters) > 1 else drafters[0]
 
 
 def load_drafter(

@@ -60,9 +60,10 @@ def run_benchmark(
     """
     settings, output = settings or Settings(), Path(output).expanduser()
     keys = _keys(prompts)
-    drafter, assistant = _models_of(methods)
-    provenance = describe_run(target, drafter, assistant, date)
-    identity = {name: provenance[name] for name in ("machine", "target", "drafter", "assistant", "versions")}
+    provenance = describe_run(target, *_models_of(methods), date=date)
+    identity = {
+        name: provenance[name] for name in ("machine", "target", "drafter", "assistant", "further", "versions")
+    }
     identity["prompts"] = keys
     samples = collect(target, processor, methods, prompts, settings, identity, output)
     rows, overall = make_rows(samples, methods[0].name)
@@ -95,13 +96,14 @@ def _keys(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
     return keys
 
 
-def _models_of(methods: Sequence[Method]) -> tuple[DreamDrafter | None, Any]:
-    """The drafter and the assistant among the methods' arguments."""
-    models = [method.arguments.get("assistant_model") for method in methods]
+def _models_of(methods: Sequence[Method]) -> tuple[DreamDrafter | None, Any, dict[str, Drafter]]:
+    """The drafter and the assistant among the methods' arguments, and further drafters by name."""
+    models = [method.arguments.get("assistant_model") for method in methods if not method.is_further]
     drafters = [model for model in models if isinstance(model, DreamDrafter)]
     others = [model for model in models if model is not None and not isinstance(model, Drafter)]
     others += [model.model.model for model in models if isinstance(model, ModelDrafter)]
-    return next(iter(drafters), None), next(iter(others), None)
+    further = {method.name: method.arguments["assistant_model"] for method in methods if method.is_further}
+    return next(iter(drafters), None), next(iter(others), None), further
 
 
 def _add_shares(
