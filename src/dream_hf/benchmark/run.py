@@ -22,6 +22,9 @@ from .tasks import Prompt
 
 logger = logging.get_logger(__name__)
 
+# What a benchmark that goes on must not differ in, beside its settings.
+IDENTITY = ("machine", "target", "drafter", "assistant", "further", "versions")
+
 
 def run_benchmark(
     target: Any,
@@ -61,10 +64,7 @@ def run_benchmark(
     settings, output = settings or Settings(), Path(output).expanduser()
     keys = _keys(prompts)
     provenance = describe_run(target, *_models_of(methods), date=date)
-    identity = {
-        name: provenance[name] for name in ("machine", "target", "drafter", "assistant", "further", "versions")
-    }
-    identity["prompts"] = keys
+    identity = {**{name: provenance[name] for name in IDENTITY}, "prompts": keys}
     samples = collect(target, processor, methods, prompts, settings, identity, output)
     rows, overall = make_rows(samples, methods[0].name)
     drafting = {method.name: dict(method.drafting) for method in methods}
