@@ -31,6 +31,11 @@ class Trial:
     changes: dict[str, Any]
     agreement: Agreement
 
+    @property
+    def rank(self) -> tuple[float, int, float]:
+        """What makes a wiring better: tokens that are gained; in a draw fewer changes, then the probability of the target's."""
+        return round(self.agreement.gain, 2), -len(self.changes), self.agreement.log_prob
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -75,11 +80,6 @@ def probe_as_it_is(
     """
     [agreement] = agreements(target, [drafter], write_texts(target, inputs, num_tokens))
     return tell(source, Probe([Trial({}, {}, agreement)], drafter))
-
-
-def rank(agreement: Agreement) -> tuple[float, float]:
-    """What makes a wiring better: tokens that are gained, and in a draw the probability of the target's."""
-    return round(agreement.gain, 2), agreement.log_prob
 
 
 def tell(source: str, probe: Probe) -> Probe:

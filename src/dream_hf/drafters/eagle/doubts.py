@@ -16,6 +16,7 @@ from .published import (
     rope_fields,
 )
 
+THETAS = (DEFAULT_THETA, 500_000.0, 1_000_000.0, 5_000_000.0)  # that models have
 SHIFTS = (-1, 1)  # of places in `hidden_states`: the commonest fault
 
 
@@ -52,12 +53,8 @@ def alternatives(
     text = target_config.get_text_config(decoder=True)
     target_rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
     changes: list[dict[str, Any]] = []
-    thetas = (
-        DEFAULT_THETA,
-        rope_fields(config).get("rope_theta"),
-        config.get("rope_theta"),
-        target_rope.get("rope_theta"),
-    )
+    said = (rope_fields(config).get("rope_theta"), config.get("rope_theta"), target_rope.get("rope_theta"))
+    thetas = (*said, *THETAS)
     changes += [{"rope_theta": float(theta)} for theta in dict.fromkeys(thetas) if theta]
     section = wiring.mrope_section or rope_fields(config).get("mrope_section") or target_rope.get("mrope_section")
     if section is not None and has_pictures:

@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from ..agreement import Agreement, agreements, write_texts
+from ..agreement import agreements, write_texts
 from ..fit import describe_target
-from ..probe import NUM_TOKENS, Probe, Trial, rank, tell
+from ..probe import NUM_TOKENS, Probe, Trial, tell
 from .doubts import alternatives
 from .drafter import EagleDrafter
 from .loading import load_eagle
@@ -43,7 +43,7 @@ def probe_eagle(
     }
     load = partial(load_eagle, source, config, placed, target)
     has_pictures = any("pixel_values" in prompt for prompt in inputs or ())
-    tried: dict[Wiring, Agreement] = {}
+    tried: dict[Wiring, Trial] = {}
     texts = None
     best, previous = start, None
     while best != previous:
@@ -51,10 +51,10 @@ def probe_eagle(
         wirings = dict.fromkeys((best, *(replace(best, **change) for change in changes)))
         drafters = _loaded(load, [wiring for wiring in wirings if wiring not in tried])
         texts = texts or write_texts(target, inputs, num_tokens)  # not before something could be loaded
-        tried |= dict(zip(drafters, agreements(target, list(drafters.values()), texts), strict=True))
-        best, previous = max(tried, key=lambda wiring: rank(tried[wiring])), best
-    trials = [Trial(asdict(wiring), _differences(start, wiring), agreement) for wiring, agreement in tried.items()]
-    trials.sort(key=lambda trial: rank(trial.agreement), reverse=True)  # what was tried first stays first among equals
+        found = zip(drafters, agreements(target, list(drafters.values()), texts), strict=True)
+        tried |= {wiring: Trial(asdict(wiring), _differences(start, wiring), agreement) for wiring, agreement in found}
+        best, previous = max(tried, key=lambda wiring: tried[wiring].rank), best
+    trials = sorted(tried.values(), key=lambda trial: trial.rank, reverse=True)
     return tell(source, Probe(trials, load(asdict(best))))
 
 
