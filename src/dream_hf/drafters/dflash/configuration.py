@@ -63,6 +63,10 @@ class DFlashConfig(LayerConfig):
                 f"`mask_token_id` ({self.mask_token_id}) must be a token of the target's, of which there are "
                 f"{self.vocab_size} (`vocab_size`)."
             )
+        if self.draft_vocab_size is not None and not self.has_head:
+            raise ValueError(
+                f"`draft_vocab_size` ({self.draft_vocab_size}) is of a head, and the drafter has no head of its own."
+            )
         for name in ("causal_layers", "sliding_layers"):
             layers = getattr(self, name)
             if layers and not 0 <= min(layers) <= max(layers) < self.num_hidden_layers:

@@ -58,8 +58,7 @@ def sight_fields(config: Fields, num_layers: int) -> dict[str, Any]:
     `sliding_window_non_causal` takes it back.
     """
     is_speculators = "speculators_model_type" in config
-    is_used = config.get("use_sliding_window", config.get("model_type", "qwen3") != "qwen3")
-    window = config.get("sliding_window") if is_used else None
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
     kinds = config.get("layer_types") or [
         WINDOWED if window is not None and index >= config.get("max_window_layers", 28) else FULL
         for index in range(num_layers)
