@@ -4,12 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST_TESTS := tests/decoding/test_losslessness.py tests/runtime/test_caches.py tests/targets/test_attention.py \
 	tests/targets/test_tree_masks.py tests/decoding/test_outputs.py tests/decoding/test_requests.py \
-	tests/decoding/test_recurrent.py tests/decoding/test_continuation.py tests/decoding/test_candidate_generator.py tests/test_registration.py
+	tests/decoding/test_recurrent.py tests/decoding/test_continuation.py tests/decoding/test_candidate_generator.py \
+	tests/drafters/test_mtp.py tests/test_registration.py
 SOURCES := src tests examples benchmarks
+# Where a person looks on, pip says what it downloads; in a log it says nothing.
+PIP_SAYS := $(shell test -t 2 || echo --quiet)
 
 .venv/installed: constraints.txt pyproject.toml
+	@echo "Once: making a virtual environment in .venv, and installing dream-hf, PyTorch and transformers into it (minutes)."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install $(PIP_SAYS) --constraint constraints.txt --editable ".[dev]"
+	@echo "Installed."
 	touch $@
 
 demo: .venv/installed  ## Answer a question about a picture, plainly and speculatively

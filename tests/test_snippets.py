@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import dream_hf.benchmark
 from dream_hf import DreamDrafter, DreamTrainingArguments
 from dream_hf.demo import load_pair, make_rows
+from dream_hf.drafters.dream.merging import merge_adapters
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +79,7 @@ def test_training_guide(tmp_path, monkeypatch):
     args = DreamTrainingArguments(output_dir="lora", max_steps=1, report_to=[])
     given = {"target": target, "rows": rows, "held_out": rows, "processor": tiny_processor()}
     run("docs/training.md", {**given, "drafter": drafter, "args": args})
+    merge_adapters("adapter", "merged", "base")
     DreamDrafter.from_pretrained("merged")
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .drafters.dream.shape import weight_ratio as weight_ratio
     from .drafters.eagle.configuration import EagleConfig as EagleConfig
     from .drafters.eagle.drafter import EagleDrafter as EagleDrafter
+    from .drafters.eagle.export import export_drafter as export_drafter
     from .drafters.inspection import draft_log_probs as draft_log_probs
     from .drafters.model.drafter import ModelDrafter as ModelDrafter
     from .drafters.mtp.drafter import MTPDrafter as MTPDrafter
@@ -67,6 +68,7 @@ _MODULES = {
     "dream_chain_generate": "decoding.assisted",
     "dream_generate": "decoding.loop",
     "draft_log_probs": "drafters.inspection",
+    "export_drafter": "drafters.eagle.export",
     "load_drafter": "load_models",
     "probe_drafter": "load_models",
     "suggested_shape": "drafters.dream.shape",

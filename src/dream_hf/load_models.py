@@ -26,16 +26,20 @@ from .drafters.eagle.drafter import EagleDrafter
 from .drafters.eagle.loading import load_eagle
 from .drafters.eagle.probe import probe_eagle
 from .drafters.model.drafter import ModelDrafter
+from .drafters.mtp.drafter import MTPDrafter
 from .drafters.mtp.loading import load_mtp
+from .drafters.mtp.probe import probe_mtp
 from .drafters.probe import NUM_TOKENS, Probe, probe_as_it_is
 from .drafters.published_files import read_published_config, read_tensors
 from .drafters.retrieval.drafter import RetrievalDrafter
 from .drafters.skip.drafter import LayerSkipDrafter
+from .targets.quantized import check_quantization, quantization_config
 from .targets.target import Target
 
 DEMO = "demo"
 RETRIEVAL, SKIP, MODEL = "retrieval", "skip", "model:"  # drafters that are made and not loaded
 PROBE = "probe"  # a wiring that is to be found out
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways of spreading a model
 BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
 
 
@@ -57,6 +61,8 @@ def load_models(
     revision: str | None = None,
     drafter_revision: str | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
+    device_map: str | None = None,
 ) -> Models:
     """Load a target, its processor and, where one is named, its drafter.
 
@@ -72,24 +78,32 @@ def load_models(
         revision (`str`, *optional*): Revision of the target.
         drafter_revision (`str`, *optional*): Revision of the drafter.
         attn_implementation (`str`, *optional*): The target's attention; transformers' choice by default.
+        quantization (`str`, *optional*): `"4bit"` or `"8bit"`: the target's weights are rounded while they are loaded.
+        device_map (`str`, *optional*): How to spread the target, instead of `device`: one of `DEVICE_MAPS`, which accelerate
+            explains.
 
     Raises:
         ValueError: A dtype or device that does not exist, a drafter that does not fit the target, or adapters that cannot be
             merged.
         OSError: Nothing to load under one of the names.
-        ImportError: The target's processor needs a package that is not installed.
+        ImportError: The target's processor, or the quantisation, needs a package that is not installed.
     """
-    device_map: Any = "auto" if device == "auto" else {"": pick_device(device)}
+    place = _device_map(device, device_map)
+    if quantization is not None:
+        check_quantization(quantization)
     target_source = source_of(target, "target")
-    names = _drafter_names(drafter)
-    for name in names:
+    for name in _drafter_names(drafter):
         source_of(name, "drafter")  # before the target is loaded for nothing
-    model, processor = _load_target(target_source, pick_dtype(dtype), revision, attn_implementation, device_map)
+    options = {"dtype": pick_dtype(dtype), "device_map": place, "attn_implementation": attn_implementation}
+    model, processor = _load_target(target_source, revision, options, quantization)
     models = Models(model.eval(), processor, None)
-    drafters = [_make_drafter(name, models, drafter_revision) for name in names]
-    if len(drafters) > 1:
-        return replace(models, drafter=CombinedDrafter(drafters))
-    return replace(models, drafter=drafters[0] if drafters else None)
+    return models if drafter is None else replace(models, drafter=make_drafter(drafter, models, drafter_revision))
+
+
+def make_drafter(drafter: str, models: Models, revision: str | None = None) -> Drafter:
+    """The drafter that a name stands for on the command line, for a target that is loaded; see [`load_models`]."""
+    drafters = [_make_drafter(name, models, revision) for name in _drafter_names(drafter)]
+    return CombinedDrafter(drafters) if len(drafters) > 1 else drafters[0]
 
 
 def load_drafter(
@@ -113,9 +127,9 @@ def load_drafter(
         target (`PreTrainedModel`): The model to draft for.
         revision (`str`, *optional*): Revision of the drafter on the Hub.
         wiring (`Mapping`, *optional*): What the config of a published EAGLE drafter leaves open or has wrong: fields of
-            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`; of an MTP head its
-            `image_rows`. `"probe"` asks the target: of all wirings that the weights of an EAGLE drafter allow the one that
-            foretells 200 of its tokens best, see [`probe_drafter`].
+            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`; of an MTP head what
+            [`MTPDrafter`] takes. `"probe"` asks the target: of all wirings that the weights of an EAGLE drafter allow the one
+            that foretells 200 of its tokens best, see [`probe_drafter`].
 
     Returns:
         `Drafter`: What `target.generate(..., assistant_model=drafter)` takes.
@@ -139,8 +153,8 @@ def load_drafter(
         if isinstance(wiring, str):
             return probe_eagle(name, config, found.tensors, target).drafter
         return load_eagle(name, config, found.tensors, target, wiring)
-    if found.kind == MTP and not isinstance(wiring, str):
-        return load_mtp(name, config, found.tensors, target, wiring)
+    if found.kind == MTP:  # of which texts without pictures, all that "probe" has here, tell nothing more
+        return load_mtp(name, config, found.tensors, target, None if isinstance(wiring, str) else wiring)
     _refuse_wiring(name, wiring)
     if found.kind == DFLASH:
         return load_dflash(name, config, found.tensors, target)
@@ -159,7 +173,7 @@ def probe_drafter(
     revision: str | None = None,
     num_tokens: int = NUM_TOKENS,
 ) -> Probe:
-    """Ask a target how well a drafter foretells it, and of a published EAGLE drafter how it is to be wired.
+    """Ask a target how well a drafter foretells it, and of a published EAGLE drafter or an MTP head how it is to be wired.
 
     Of all wirings that the weights allow those are tried that differ from the best one so far in one thing, until none does
     better: which layers' features are read, where the norms are, how positions are turned, what is read of pictures.
@@ -184,6 +198,8 @@ def probe_drafter(
     if found.kind == EAGLE:
         return probe_eagle(found.name, found.config, found.tensors, target, inputs, num_tokens)
     drafter = load_drafter(source, target, revision=revision)
+    if isinstance(drafter, MTPDrafter):
+        return probe_mtp(found.name, drafter, target, inputs, num_tokens)
     return probe_as_it_is(found.name, drafter, target, inputs, num_tokens)
 
 
@@ -232,7 +248,7 @@ def _make_drafter(name: str, models: Models, revision: str | None) -> Drafter:
     if name.startswith(MODEL):
         target = models.target
         source = name.removeprefix(MODEL)
-        model, processor = _load_target(source, target.dtype, revision, None, {"": target.device})
+        model, processor = _load_target(source, revision, {"dtype": target.dtype, "device_map": {"": target.device}})
         return ModelDrafter(model.eval(), processor, models.processor)
     return load_drafter(name, models.target, revision=revision)
 
@@ -279,13 +295,24 @@ def pick_device(device: str | None) -> torch.device:
     return place
 
 
+def _device_map(device: str | None, device_map: str | None) -> Any:
+    """Where `from_pretrained` is to put the target."""
+    if device_map is None:
+        return "auto" if device == "auto" else {"": pick_device(device)}
+    if device_map not in DEVICE_MAPS:
+        raise ValueError(f"`device_map` ({device_map!r}) is unknown: use {', '.join(map(repr, DEVICE_MAPS))}.")
+    if device is not None:
+        raise ValueError(
+            f"`device_map` ({device_map!r}) spreads the target over devices and `device` ({device!r}) names one: give one of "
+            "the two. (Several processes have a device each.)"
+        )
+    return device_map
+
+
 def _load_target(
-    source: str | Path,
-    dtype: str | torch.dtype,
-    revision: str | None,
-    attn_implementation: str | None,
-    device_map: Any,
+    source: str | Path, revision: str | None, options: Mapping[str, Any], quantization: str | None = None
 ) -> tuple[Any, Any]:
+    """A model and its processor; `options` are `from_pretrained`'s, None for what it decides."""
     adapter = _read_adapter(source, revision)
     base, base_revision = (
         (source, revision) if adapter is None else (adapter.base_model_name_or_path, adapter.revision)
@@ -294,10 +321,16 @@ def _load_target(
     takes_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     model_class: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     processor = _load_processor(AutoProcessor if takes_images else AutoTokenizer, base, base_revision)
-    options: dict[str, Any] = {"dtype": dtype, "revision": base_revision, "device_map": device_map}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model = model_class.from_pretrained(base, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    if quantization is not None:
+        if adapter is not None:
+            raise ValueError(
+                f"`target` ({str(source)!r}) holds PEFT adapters, which would be merged into rounded weights: merge them, save "
+                f"the model, and load that with `quantization` ({quantization!r})."
+            )
+        dtype = config.get_text_config(decoder=True).dtype if given["dtype"] == "auto" else given["dtype"]
+        given["quantization_config"] = quantization_config(quantization, dtype)
+    model = model_class.from_pretrained(base, revision=base_revision, **given)
     return (model, processor) if adapter is None else _merge(model, processor, str(source), revision)
 
 

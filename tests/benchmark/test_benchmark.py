@@ -17,6 +17,7 @@ from processors import make_image
 from tiny_pair import picture_row, tiny_drafter, tiny_processor, tiny_target
 from transformers import CompileConfig
 
+from dream_hf import CombinedDrafter, EagleDrafter, RetrievalDrafter
 from dream_hf.benchmark import METHODS, Settings, load_prompts, make_methods, run_benchmark
 from dream_hf.benchmark import runner as runner_module
 from dream_hf.benchmark.clocks import SYNC_MESSAGE, PhaseClock, clocked, count_syncs
@@ -287,6 +288,22 @@ def test_all_methods_side_by_side(target, drafter, tmp_path):
     text = json.dumps(results["provenance"])
     assert str(tmp_path) not in text and "/home" not in text and '"tree_depth": 3' in text
     assert results["provenance"]["target"]["weights"] != results["provenance"]["drafter"]["weights"]
+
+
+def test_further_drafters_are_methods_of_their_names(target, drafter, tmp_path):
+    torch.manual_seed(0)
+    further = {"eagle": EagleDrafter.for_target(target), "both": CombinedDrafter([RetrievalDrafter(), drafter])}
+    methods = make_methods(["dream_tree"], target, drafter, further=further)
+    assert [method.name for method in methods] == ["plain", "dream_tree", "eagle", "both"]
+    results = run(target, methods, tmp_path)
+    assert not results["failed_methods"] and {row["method"] for row in results["rows"]} >= further.keys()
+    told = results["provenance"]["further"]
+    assert told["eagle"]["class"] == "EagleDrafter" and told["eagle"]["num_parameters"] > 0
+    assert (
+        told["both"]["class"] == "CombinedDrafter" and "eagle: EagleDrafter" in (tmp_path / "results.md").read_text()
+    )
+    with pytest.raises(ValueError, match="'plain', which is a method already"):
+        make_methods([], target, further={"plain": drafter})
 
 
 def test_batches(target, drafter, tmp_path):

@@ -262,7 +262,7 @@ def report():
 
 def test_the_fastest_of_what_ran_is_the_result(report):
     names = [row["name"] for row in report["measured"]]
-    assert names[:2] == ["plain", "2/4/3"] and len(names) >= 5
+    assert names[0] == "plain" and names[1].startswith("2/4/3") and len(names) >= 5
     drafted = [row for row in report["measured"] if row["settings"]]
     best = min(drafted, key=lambda row: row["ms_per_token"])
     assert {**report["settings"], **best["settings"]} == report["settings"]

@@ -90,7 +90,8 @@ def make_options():
 def test_unknown_and_shortened_options_are_refused_in_one_line_with_the_commands_own_help(command, capsys):
     needed = {
         "generate": ["--target", "x", "--prompt", "x"], "bench": ["--target", "x"], "convert": ["a", "b"],
-        "push": ["a", "b"], "attach": ["a", "b", "c"], "info": ["a"],
+        "push": ["a", "b"], "attach": ["a", "b", "c"], "info": ["a"], "export": ["a", "b", "--target", "x"],
+        "merge": ["a", "b"],
         "probe": ["a", "--target", "x"], "serve": ["--target", "x", "--drafter", "x"],
         "regenerate": ["--target", "x", "--rows", "x", "--output", "x"],
         "train": ["--target", "x", "--train_dataset", "x", "--output_dir", "x"],
@@ -101,6 +102,7 @@ def test_unknown_and_shortened_options_are_refused_in_one_line_with_the_commands
         "push": "--ye",
         "convert": "--targ",
         "attach": "--cop",
+        "merge": "--bas",
     }.get(command, "--devic")
     for unknown in (["--banana"], [shortened, "x"], ["--banana=3"]):
         message = refusal_in_one_line(capsys, command, *needed, *unknown)

@@ -8,11 +8,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from processors import make_image
 from tiny_pair import save_pair
 
+from dream_hf import DreamDrafter
 from dream_hf.cli import main
 from dream_hf.cli.main import COMMANDS, make_parser
 from dream_hf.cli.main import parse as parse_command
@@ -113,6 +115,10 @@ def folder(tmp_path_factory):
     row = '{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]}\n'
     for name in ("rows.jsonl", "answers.jsonl", "held_out_answers.jsonl"):
         (folder / name).write_text(row)
+    adapted = peft.get_peft_model(
+        DreamDrafter.from_pretrained(drafter), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    adapted.save_pretrained(folder / "my-adapter")
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copytree(ROOT / "model_cards", folder / "model_cards")
     shutil.copy(ROOT / "examples/demo_pair/drafter.yaml", folder / "drafter.yaml")
@@ -154,7 +160,7 @@ def test_examples_are_found(monkeypatch):
         read(inner("dream-hf regenerate --target x --data rows.jsonl --output answers.jsonl"), monkeypatch)
 
 
-QUICK = ("generate", "regenerate", "push", "train recipe.yaml", "train --target")
+QUICK = ("generate", "regenerate", "merge", "push", "train recipe.yaml", "train --target")
 LIMITS = {
     "generate": ["--max-new-tokens", "4", "--device", "cpu"],
     "regenerate": ["--max-new-tokens", "4", "--device", "cpu"],
@@ -173,6 +179,8 @@ def test_quick_examples_run(line, folder, monkeypatch, capsys):
     words = shlex.split(line)[1:]
     if words[0] == "regenerate":
         Path("answers.jsonl").unlink()
+    if words[0] == "merge":
+        shutil.rmtree("merged-drafter", ignore_errors=True)
     tiny = {"--target": "TARGET", "--drafter": "DRAFTER"}
     words = [tiny.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     assert main([*words, *LIMITS.get(words[0], [])]) == 0, capsys.readouterr().err

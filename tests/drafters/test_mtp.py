@@ -56,7 +56,7 @@ def passed(target, inputs):
     return record.embeds[0][0], record.features[0][0], positions.reshape(-1, positions.shape[-1])[-3:].expand(3, -1)
 
 
-def reader_of(target, tensors, inputs, ids, image_rows="merged"):
+def reader_of(target, tensors, inputs, ids, image_rows="merged", row_positions="feature"):
     """The reference below any part of a text, ids (1, L), that goes on from the prompt `inputs` of one row."""
     more = ids.shape[1] - inputs["input_ids"].shape[1]
     whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -66,19 +66,21 @@ def reader_of(target, tensors, inputs, ids, image_rows="merged"):
     view = Target(target)
     if image_rows == "token":
         embeds = view.embedding(ids[0])
+    if row_positions == "token":
+        positions = torch.cat([positions[:, 1:], positions.amax() + 1 + positions[:, :1] * 0], dim=1)
     shifted = torch.cat([embeds[1:], embeds[:1]])  # the last row is behind all that is asked
     return reference.Reader(
         tensors, view.text_config, view.embedding.weight, view.lm_head.weight, shifted, features, positions
     )
 
 
-def check_trees(watch, target, tensors, out, rows, image_rows="merged"):
+def check_trees(watch, target, tensors, out, rows, **wiring):
     """Every node of every tree has the log-probability that the reference gives it on its own path."""
     num_nodes = 0
     for row, inputs in enumerate(rows):
         prompt, new = inputs["input_ids"], out.sequences.shape[1] - max(each["input_ids"].shape[1] for each in rows)
         ids = torch.cat([prompt, out.sequences[row : row + 1, -new:]], dim=1)
-        reader = reader_of(target, tensors, inputs, ids, image_rows)
+        reader = reader_of(target, tensors, inputs, ids, **wiring)
         length = prompt.shape[1]  # rows that were read: all tokens have a row but the root
         for gain, (roots, tree) in zip(gains(out)[row], watch.trees, strict=False):
             assert roots[row] == int(ids[0, length])
@@ -125,17 +127,15 @@ def test_the_full_pass_and_the_cached_one_are_the_reference_s(name, publish):
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **TIGHT)
 
 
-@pytest.mark.parametrize("image_rows", ["merged", "token"])
+@pytest.mark.parametrize("wiring", [{}, {"image_rows": "token"}, {"row_positions": "token"}], ids=str)
 @every_family
-def test_trees_are_the_reference_s_on_each_path(name, image_rows, publish, exact_logits):
-    if name == "qwen3_next" and image_rows == "token":
-        pytest.skip("a text model")
+def test_trees_are_the_reference_s_on_each_path(name, wiring, publish, exact_logits):
     target, folder, tensors = publish(name)
     rows = family(name).make_rows(target, 3, text_len=14)
-    loaded = dream_hf.load_drafter(folder, target, wiring={"image_rows": image_rows})
+    loaded = dream_hf.load_drafter(folder, target, wiring=wiring)
     watch = Watch(loaded.with_settings(**SMALL))
     out = generate(target, family(name).collate(rows), max_new_tokens=10, assistant_model=watch)
-    assert check_trees(watch, target, tensors, out, rows, image_rows) > 100
+    assert check_trees(watch, target, tensors, out, rows, **wiring) > 100
 
 
 # --- generate ---
@@ -213,6 +213,29 @@ def test_prompts_of_any_kind(prompt, publish):
     else:
         inputs = {"input_ids": inputs["input_ids"][:, -1:]}
     assert_same_tokens(generate(target, inputs, **more), generate(target, inputs, assistant_model=drafter, **more))
+
+
+def test_a_reduced_vocabulary(publish):
+    """What is drafted is the likeliest of some tokens; what is written stays the same."""
+    target, folder, _ = publish("qwen3_5")
+    drafter, inputs, ids = (
+        dream_hf.load_drafter(folder, target),
+        family("qwen3_5").make_inputs(target),
+        [*range(3, 90, 2)],
+    )
+    whole = dream_hf.draft_log_probs(target, drafter, inputs, 5, [7])
+    drafter.set_draft_vocabulary(ids)
+    some = dream_hf.draft_log_probs(target, drafter, inputs, 5, [7])
+    assert some.isfinite().sum(-1).tolist() == [len(ids)] * 2
+    torch.testing.assert_close(some[:, ids], whole[:, ids].log_softmax(-1), rtol=1e-5, atol=1e-5)
+    expected = generate(target, inputs, max_new_tokens=16)
+    assert_same_tokens(expected, generate(target, inputs, max_new_tokens=16, assistant_model=drafter))
+    with pytest.raises(ValueError, match=r"`tree_top_k` \(45\) must not exceed the number of tokens in .* \(44\)"):
+        generate(target, inputs, assistant_model=drafter.with_settings(tree_top_k=45))
+    drafter.set_draft_vocabulary(None)
+    assert torch.equal(dream_hf.draft_log_probs(target, drafter, inputs, 5, [7]), whole)
+    with pytest.raises(ValueError, match="tokens lie in"):
+        drafter.set_draft_vocabulary([1, 104])
 
 
 # --- a head that knows ---

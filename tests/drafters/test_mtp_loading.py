@@ -16,15 +16,17 @@ from lossless import assert_same_tokens, gains, generate
 from processors import train_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_attaching import trusting
 from test_mtp import FAMILIES, publish, target_of
 
 import dream_hf
 from dream_hf import MTPDrafter
 from dream_hf.cli import main
 from dream_hf.drafters import checkpoint_files, published_files
+from dream_hf.drafters.agreement import agreements, write_texts
 from dream_hf.targets.target import Target
 
-__all__ = ["publish"]  # a fixture
+__all__ = ["publish", "trusting"]  # fixtures
 
 PATH = [7, 50, 33, 12]
 SHARD = "model-2.safetensors"
@@ -96,6 +98,16 @@ def test_commands_take_the_target_s_own_head(folder, capsys, tmp_path):
     assert "no drafter that can be told" in message and "`mtp.` tensors" in message and str(bare) in message
 
 
+def test_a_folder_that_decodes_with_its_own_head(folder, trusting, tmp_path, caplog):
+    assert main(["attach", str(folder), "mtp", str(tmp_path / "both")]) == 0
+    ids, more = torch.tensor([[5, 9, 42, 17]]), {"max_new_tokens": 12, "do_sample": False}
+    target = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "both", trust_remote_code=True)
+    with caplog.at_level("INFO", "dream_hf"):
+        answer = target.generate(ids, **more)
+    assert any("tau" in record.getMessage() for record in caplog.records)
+    assert torch.equal(answer, hf.AutoModelForCausalLM.from_pretrained(folder).generate(ids, **more))
+
+
 def test_a_target_in_the_cache_is_enough(folder, monkeypatch):
     """Offline nobody knows whether the Hub has what the cache has not; the target's index and shards are there."""
     target = hf.AutoModelForCausalLM.from_pretrained(folder)
@@ -121,6 +133,30 @@ def test_a_target_in_the_cache_is_enough(folder, monkeypatch):
 def test_a_target_that_came_from_no_files_has_no_head_of_its_own():
     with pytest.raises(ValueError, match=r"`drafter` \('mtp'\) is read from the target's own files"):
         dream_hf.load_drafter("mtp", target_of("qwen3_next"))
+
+
+def test_the_target_tells_how_its_head_is_wired(publish):
+    """All four ways on pictures, one on text, each as well as a drafter that is wired so."""
+    target, folder, _ = publish("qwen3_5")
+    prompts = [family("qwen3_5").make_inputs(target, seed=seed) for seed in range(2)]
+    probe = dream_hf.probe_drafter(folder, target, prompts, num_tokens=16)
+    assert len({trial.agreement.log_prob for trial in probe.trials}) == len(probe.trials) == 4
+    texts = write_texts(target, prompts, 16)
+    for trial in probe.trials:
+        assert (
+            trial.agreement
+            == agreements(target, [dream_hf.load_drafter(folder, target, wiring=trial.wiring)], texts)[0]
+        )
+        assert trial.agreement.gain <= probe.best.agreement.gain
+    assert probe.drafter.wiring == probe.best.wiring and {"row_positions": "token"} in [
+        each.changes for each in probe.trials
+    ]
+    assert dream_hf.load_drafter(folder, target, wiring="probe").wiring == {
+        "image_rows": "merged",
+        "row_positions": "feature",
+    }
+    text = [family("qwen3_5").make_inputs(target, images=0)]
+    assert len(dream_hf.probe_drafter(folder, target, text, num_tokens=16).trials) == 1
 
 
 # --- spellings ---

@@ -3,6 +3,7 @@
 import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from copy import deepcopy
 from dataclasses import replace
 from html import unescape
 from itertools import pairwise
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import expected_answer, refusal_in_one_line
+from families import family
 from processors import make_image
-from tiny_pair import tiny_drafter, tiny_processor, tiny_target
+from tiny_pair import TEMPLATE, save_pair, tiny_drafter, tiny_processor, tiny_target
 
 from dream_hf import RetrievalDrafter
+from dream_hf.cli import main
+from dream_hf.demo.pictures import bundled_picture
 from dream_hf.load_models import Models
 from dream_hf.page import app
 from dream_hf.page.answering import NO_PICTURE, NO_QUESTION, PageState, answer
@@ -60,6 +64,15 @@ def test_both_answers_stream_and_are_compared(models, picture):
     doing = list(dict.fromkeys(state.doing for state in states))
     assert doing[0] == "reading the question" and doing[-1] == ""
     assert all(state.report is None for state in states if state.doing)
+
+
+def test_a_text_only_target_is_asked_without_a_picture():
+    target = family("llama").make_target()
+    tokenizer = deepcopy(tiny_processor().tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    target.resize_token_embeddings(len(tokenizer))
+    *_, last = answer(Models(target, tokenizer, RetrievalDrafter()), None, "hello", 8)
+    assert last.report["identical"] and last.error == "" and "".join(last.plain) == "".join(last.speculative)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +252,23 @@ def test_a_space_installs_what_the_extra_does():
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["demo", "own target"])
+def test_the_command_serves_a_page(own, monkeypatch, tmp_path):
+    made, launched = {}, []
+    monkeypatch.setattr(app, "check_gradio", lambda: None)
+    monkeypatch.setattr(app, "make_page", lambda models, **settings: made.update(settings, models=models) or "page")
+    monkeypatch.setattr(app, "launch", lambda *arguments: launched.append(arguments))
+    pair = []
+    if own:
+        target, drafter = save_pair(tmp_path)
+        pair = ["--target", str(target), "--drafter", str(drafter)]
+    assert main(["demo", "--web", "--port", "1234", "--max-new-tokens", "32", *pair]) == 0
+    assert launched == [("page", "localhost", 1234)] and made["max_new_tokens"] == 32
+    assert made["is_demo"] is not own and (made["picture"] is None) == own
+    assert made["question"] == ("" if own else bundled_picture("scene")[1])
+    assert made["models"].drafter is not None
 
 
 def test_the_command_says_what_is_missing(monkeypatch, capsys):

@@ -448,6 +448,8 @@ def test_adapters_train_save_load_merge_and_decode(tmp_path):
     trainable = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
     assert trainable and all("lora" in name for name in trainable)
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    card = (tmp_path / "checkpoint-4" / "README.md").read_text()
+    assert "dream-hf merge FOLDER" in card and "More Information Needed" not in card and "library_name: peft" in card
 
     fresh = make_drafter(target)
     assert all(torch.equal(value, fresh.get_parameter(name)) for name, value in before.items())

@@ -48,10 +48,11 @@ class Comparison:
         }
 
 
-def encode(processor: Any, prompt: str, image: Any) -> Any:
-    """One question about one picture, as inputs of `generate()`."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return PromptEncoder(processor).encode([([{"role": "user", "content": content}], [image])])
+def encode(processor: Any, prompt: str, image: Any = None) -> Any:
+    """One question, about one picture if there is one, as inputs of `generate()`."""
+    images = [] if image is None else [image]
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    return PromptEncoder(processor).encode([([{"role": "user", "content": content}], images)])
 
 
 def compare(

@@ -39,12 +39,14 @@ class Method:
         arguments (`Mapping`): For `generate()`.
         drafting (`Mapping`): How its drafter drafts and what it reads, where that is not as the drafter's config says.
         is_blind (`bool`): The drafter sees blanks in place of the prompt's visual tokens.
+        is_further (`bool`): Its drafter is not the benchmark's own, and is described under the method's name.
     """
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     drafting: Mapping[str, Any] = field(default_factory=dict)
     is_blind: bool = False
+    is_further: bool = False
 
     def ready(self, temperature: float, max_new_tokens: int) -> dict[str, Any]:
         """All arguments for `generate()` at this temperature; the drafter among them drafts as the method says."""
@@ -78,6 +80,7 @@ def make_methods(
     trees: Sequence[Tree] = (),
     keep_ratios: Sequence[float] = (),
     with_blind: bool = False,
+    further: Mapping[str, Drafter] | None = None,
 ) -> list[Method]:
     """The methods of a benchmark; plain decoding, which all are compared with, is always the first.
 
@@ -89,9 +92,10 @@ def make_methods(
         trees (`Sequence[tuple]`): Further shapes (depth, top_k, size) to run the tree method with.
         keep_ratios (`Sequence[float]`): Further shares of the visual tokens to run the tree method with.
         with_blind (`bool`): Also run the tree method with the drafter's visual tokens blanked.
+        further (`Mapping`, *optional*): Drafters of any kind, each a method of its name that drafts as its config says.
 
     Raises:
-        ValueError: An unknown name, or a method whose model was not given.
+        ValueError: An unknown name, a method whose model was not given, or a further one whose name is taken.
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown:
@@ -111,6 +115,11 @@ def make_methods(
         methods += [_tree(drafter, f"dream_tree keep={r:g}", {"visual_keep_ratio": r}) for r in keep_ratios]
     if with_blind:
         methods.append(replace(_tree(drafter, BLIND, {"visual_keep_ratio": 1.0}), is_blind=True))  # type: ignore[arg-type]
+    for name, other in (further or {}).items():
+        if name in METHODS or any(method.name == name for method in methods):
+            raise ValueError(f"`further` has {name!r}, which is a method already; choose another name.")
+        other.check(target, other.settings)
+        methods.append(Method(name, drafted(other), is_further=True))
     return methods
 
 

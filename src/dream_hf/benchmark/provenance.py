@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ..decoding.drafter import Drafter
 from ..drafters.dream.drafter import DreamDrafter
 from ..training.feature_cache import fingerprint_weights
 from ..version import __version__
@@ -18,8 +22,14 @@ from ..version import __version__
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "pillow")
 
 
-def describe_run(target: Any, drafter: DreamDrafter | None, assistant: Any = None, date: str | None = None) -> dict:
-    """Versions, machine and models; `date` is today's (UTC) unless given."""
+def describe_run(
+    target: Any,
+    drafter: DreamDrafter | None,
+    assistant: Any = None,
+    further: Mapping[str, Drafter] | None = None,
+    date: str | None = None,
+) -> dict:
+    """Versions, machine and models, `further` drafters by name; `date` is today's (UTC) unless given."""
     return {
         "date": date or datetime.now(UTC).date().isoformat(),
         "versions": {"dream_hf": __version__, "python": platform.python_version(), **_versions()},
@@ -27,6 +37,7 @@ def describe_run(target: Any, drafter: DreamDrafter | None, assistant: Any = Non
         "target": describe_model(target),
         "drafter": None if drafter is None else {**describe_model(drafter), **_drafting(drafter)},
         "assistant": None if assistant is None else describe_model(assistant),
+        "further": {name: _any_drafter(each) for name, each in (further or {}).items()},
     }
 
 
@@ -56,6 +67,12 @@ def describe_model(model: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": getattr(model.config, "_attn_implementation", None),
     }
+
+
+def _any_drafter(drafter: Drafter) -> dict[str, Any]:
+    """A drafter of any kind: what it is, and how it drafts."""
+    model = describe_model(drafter) if isinstance(drafter, PreTrainedModel) else {"class": type(drafter).__name__}
+    return {**model, "settings": asdict(drafter.settings)}
 
 
 def _drafting(drafter: DreamDrafter) -> dict[str, Any]:

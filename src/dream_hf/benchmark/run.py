@@ -22,6 +22,9 @@ from .tasks import Prompt
 
 logger = logging.get_logger(__name__)
 
+# What a benchmark that goes on must not differ in, beside its settings.
+IDENTITY = ("machine", "target", "drafter", "assistant", "further", "versions")
+
 
 def run_benchmark(
     target: Any,
@@ -60,10 +63,8 @@ def run_benchmark(
     """
     settings, output = settings or Settings(), Path(output).expanduser()
     keys = _keys(prompts)
-    drafter, assistant = _models_of(methods)
-    provenance = describe_run(target, drafter, assistant, date)
-    identity = {name: provenance[name] for name in ("machine", "target", "drafter", "assistant", "versions")}
-    identity["prompts"] = keys
+    provenance = describe_run(target, *_models_of(methods), date=date)
+    identity = {**{name: provenance[name] for name in IDENTITY}, "prompts": keys}
     samples = collect(target, processor, methods, prompts, settings, identity, output)
     rows, overall = make_rows(samples, methods[0].name)
     drafting = {method.name: dict(method.drafting) for method in methods}
@@ -95,13 +96,14 @@ def _keys(prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
     return keys
 
 
-def _models_of(methods: Sequence[Method]) -> tuple[DreamDrafter | None, Any]:
-    """The drafter and the assistant among the methods' arguments."""
-    models = [method.arguments.get("assistant_model") for method in methods]
+def _models_of(methods: Sequence[Method]) -> tuple[DreamDrafter | None, Any, dict[str, Drafter]]:
+    """The drafter and the assistant among the methods' arguments, and further drafters by name."""
+    models = [method.arguments.get("assistant_model") for method in methods if not method.is_further]
     drafters = [model for model in models if isinstance(model, DreamDrafter)]
     others = [model for model in models if model is not None and not isinstance(model, Drafter)]
     others += [model.model.model for model in models if isinstance(model, ModelDrafter)]
-    return next(iter(drafters), None), next(iter(others), None)
+    further = {method.name: method.arguments["assistant_model"] for method in methods if method.is_further}
+    return next(iter(drafters), None), next(iter(others), None), further
 
 
 def _add_shares(

@@ -54,6 +54,10 @@ def _facts(provenance: Mapping[str, Any]) -> list[str]:
         facts += [f"Drafter {_model(drafter)}, {drafter['dtype']}, tree depth/top-k/size {tree}, {keep}"]
     if provenance.get("assistant"):
         facts += [f"Assistant {_model(provenance['assistant'])}"]
+    for name, each in provenance.get("further", {}).items():
+        shape = "/".join(str(each["settings"][part]) for part in ("tree_depth", "tree_top_k", "tree_size"))
+        size = f", {each['num_parameters']:,} parameters" if "num_parameters" in each else ""
+        facts += [f"{name}: {each['class']}{size}, tree depth/top-k/size {shape}"]
     versions = provenance["versions"]
     software = ", ".join(f"{name} {versions[name]}" for name in ("dream_hf", "torch", "transformers"))
     facts += [f"Machine {machine['cpu']}, {machine['threads']} threads, device {machine['device']}; {software}"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .options import files_of_drafter
+
 HELP = "Write a target's folder with a drafter in it, which `transformers serve` and others then decode with."
 EXAMPLE = (
     "dream-hf attach llava-hf/llava-v1.6-vicuna-7b-hf my-drafter llava-with-drafter\n"
@@ -14,7 +16,9 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf attach`."""
     parser.add_argument("target", help='folder or Hub id of the target; "demo" is the bundled one')
-    parser.add_argument("drafter", help='folder or Hub id of a drafter of any kind; "demo" is the bundled one')
+    parser.add_argument(
+        "drafter", help='folder or Hub id of a drafter of any kind; "demo" is the bundled one, "mtp" the target\'s own'
+    )
     parser.add_argument("folder", help="folder to write")
     parser.add_argument("--revision", help="revision of the target on the Hub")
     parser.add_argument("--drafter-revision", help="revision of the drafter on the Hub")
@@ -26,12 +30,13 @@ def run(args: argparse.Namespace) -> None:
     from ..hub.attaching import attach
     from ..load_models import source_of
 
+    target, (drafter, drafter_revision) = source_of(args.target, "target"), files_of_drafter(args)
     folder = attach(
-        source_of(args.target, "target"),
-        source_of(args.drafter, "drafter"),
+        target,
+        drafter,
         args.folder,
         revision=args.revision,
-        drafter_revision=args.drafter_revision,
+        drafter_revision=drafter_revision,
         copies=args.copy,
     )
     print(f"Written: {folder}. Whatever loads it with trust_remote_code=True decodes with the drafter, for instance:")

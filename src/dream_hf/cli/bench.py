@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import tuning
-from .options import add_models, load_dream, whole_number
+from .options import DRAFTERS, add_models, load_dream, whole_number
 
 HELP = "Compare ways of decoding side by side on the same prompts: results.json, a table and plots."
 EXAMPLE = (
@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf bench`."""
     add_models(parser, drafter='folder or Hub id of the drafter; "demo" is the bundled one')
     parser.add_argument("--assistant", help="a small model for the methods assisted and model")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        type=named_drafter,
+        default=[],
+        metavar="NAME=DRAFTER",
+        help=f"further drafters of any kind, each a method of its name, with the tree in its config: {DRAFTERS}",
+    )
     parser.add_argument("--output", help="folder for the results; started again, it goes on")
     what = parser.add_argument_group("what to measure")
     what.add_argument(
@@ -71,6 +79,16 @@ def tree_shape(text: str) -> tuple[int, int, int]:
     return depth, top_k, size
 
 
+def named_drafter(text: str) -> tuple[str, str]:
+    """`eagle=runs/eagle` -> name, drafter."""
+    name, equals, drafter = text.partition("=")
+    if not (name and equals and drafter):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no drafter; write NAME=DRAFTER, for instance eagle=runs/eagle"
+        )
+    return name, drafter
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure, write the results and show the table."""
     import torch
@@ -78,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     from ..benchmark import METHODS as KNOWN
     from ..benchmark import Settings, load_prompts, make_methods, run_benchmark
     from ..benchmark.report import render
-    from ..load_models import load_models
+    from ..load_models import load_models, make_drafter
 
     tuning.check(args)
     if args.tune:
@@ -108,7 +126,10 @@ def run(args: argparse.Namespace) -> None:
         names = args.methods  # asked for by name: say what is missing
     if assistant is not None and not {"assisted", "model"} & set(names):
         names = [*names, "assisted"]
-    methods = make_methods(names, models.target, models.drafter, assistant, args.trees, args.keep_ratios, args.blind)
+    further = {name: make_drafter(drafter, models) for name, drafter in args.also}
+    methods = make_methods(
+        names, models.target, models.drafter, assistant, args.trees, args.keep_ratios, args.blind, further
+    )
     results = run_benchmark(
         models.target,
         models.processor,

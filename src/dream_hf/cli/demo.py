@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import DRAFTERS, add_json, open_picture, quiet, whole_number
+from .options import DRAFTERS, add_json, add_placement, open_picture, quiet, whole_number
 
 if TYPE_CHECKING:
     from ..load_models import Models
@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=whole_number(2), default=256, help="longest answer (default: 256)")
     parser.add_argument("--repeats", type=whole_number(1), default=3, help="timed runs of each, medians (default: 3)")
     parser.add_argument("--dtype", default="float32", help="float32 (the default), bfloat16 or float16")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
+    parser.add_argument("--device", help="cuda, ...; by default the CPU, unless --target-device-map is given")
     parser.add_argument("--target", help="a target of your own instead of the bundled one; needs --drafter")
     parser.add_argument("--drafter", help=f"its drafter: {DRAFTERS}")
+    add_placement(parser)
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: auto")
     parser.add_argument("--save", metavar="FILE", help="write a picture of the image, the answer and each step's gain")
     parser.add_argument("--font", metavar="FILE", help="font of the saved picture; Pillow's own by default")
@@ -101,7 +102,15 @@ def _load(args: argparse.Namespace) -> Models:
 
     if args.target is None and isinstance(pick_dtype(args.dtype), str):
         raise ValueError(f"`--dtype` ({args.dtype!r}) must be float32, bfloat16 or float16 for the bundled pair.")
-    return load_models(args.target or DEMO, args.drafter or DEMO, dtype=args.dtype, device=args.device)
+    is_here = args.device is None and args.target_device_map is None
+    return load_models(
+        args.target or DEMO,
+        args.drafter or DEMO,
+        dtype=args.dtype,
+        device="cpu" if is_here else args.device,
+        quantization=args.target_quantization,
+        device_map=args.target_device_map,
+    )
 
 
 def _serve_page(args: argparse.Namespace) -> None:

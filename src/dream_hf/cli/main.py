@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..version import __version__
-from . import attach, bench, convert, demo, generate, info, probe, push, regenerate, serve, train
+from . import attach, bench, convert, demo, export, generate, info, merge, probe, push, regenerate, serve, train
 from .options import Parser
 
 COMMANDS: dict[str, ModuleType] = {
@@ -20,7 +20,9 @@ COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "regenerate": regenerate,
     "convert": convert,
+    "merge": merge,
     "push": push,
+    "export": export,
     "info": info,
     "probe": probe,
     "attach": attach,

@@ -41,6 +41,21 @@ def add_models(
         help="cpu, cuda, cuda:1, ..., or auto to spread the target over all accelerators; by default the accelerator",
     )
     group.add_argument("--attn-implementation", help="the target's attention: sdpa, eager, flash_attention_2, ...")
+    add_placement(group)
+
+
+def add_placement(group: Any) -> None:
+    """How the target is to fit into memory: `--target-quantization` and `--target-device-map`."""
+    group.add_argument(
+        "--target-quantization",
+        metavar="BITS",
+        help="4bit or 8bit: round the target's weights while they are loaded (extra `quantization`)",
+    )
+    group.add_argument(
+        "--target-device-map",
+        metavar="MAP",
+        help="auto, balanced, balanced_low_0 or sequential: spread the target over devices, instead of --device",
+    )
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -55,7 +70,19 @@ def load(args: argparse.Namespace) -> Any:
         revision=args.revision,
         drafter_revision=args.drafter_revision,
         attn_implementation=args.attn_implementation,
+        quantization=args.target_quantization,
+        device_map=args.target_device_map,
     )
+
+
+def files_of_drafter(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """Where the drafter lies that arguments name, and its revision; `mtp` lies in the target's own files."""
+    from ..drafters.detection import MTP
+    from ..load_models import source_of
+
+    if args.drafter == MTP:
+        return source_of(args.target, "target"), args.drafter_revision or args.revision
+    return source_of(args.drafter, "drafter"), args.drafter_revision
 
 
 def load_dream(args: argparse.Namespace) -> Any:

@@ -10,14 +10,14 @@ from typing import Any
 
 from .options import add_json, add_models, load, quiet, whole_number
 
-HELP = "Ask a target how well a drafter foretells it, and how a published EAGLE drafter is to be wired."
+HELP = "Ask a target how well a drafter foretells it, and how a published EAGLE drafter or an MTP head is to be wired."
 EXAMPLE = "dream-hf probe demo --target demo --num-tokens 60"
 PROMPTS_OF_A_TASK = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf probe`."""
-    parser.add_argument("drafter", help='folder or Hub id; "demo" is the bundled one')
+    parser.add_argument("drafter", help='folder or Hub id; "demo" is the bundled one, "mtp" the target\'s own')
     add_models(parser, drafter=None)
     parser.add_argument(
         "--task",

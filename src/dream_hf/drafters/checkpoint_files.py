@@ -175,8 +175,8 @@ def refuse_adapter(source: str, adapter_file: Path | None) -> None:
     """Raise a `ValueError` where there is an adapter of PEFT."""
     if adapter_file is not None:
         raise ValueError(
-            f"{source!r} holds an adapter. Load the drafter it was trained on, then "
-            f"`peft.PeftModel.from_pretrained(drafter, {source!r})`."
+            f"{source!r} holds an adapter. Merge it into the drafter it was trained on with `dream-hf merge`, or load that one "
+            f"and then `peft.PeftModel.from_pretrained(drafter, {source!r})`."
         )
 
 

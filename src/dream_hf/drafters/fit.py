@@ -95,8 +95,8 @@ def check_place(model: PreTrainedModel, drafter: PreTrainedModel) -> None:
     logger.warning_once(
         f"The drafter is on {place} in {drafter.dtype} and the target on {model.device} in {model.dtype}: the output is exact "
         "all the same, and drafting slower than it could be. Load the drafter with "
-        f"`{type(drafter).__name__}.from_pretrained(..., "
-        "dtype=target.dtype, device_map=target.device)`, or write `drafter.to(target.device, target.dtype)`."
+        "`load_drafter(..., target)` or `from_pretrained(..., dtype=target.dtype, device_map=target.device)`, or write "
+        "`drafter.to(target.device, target.dtype)`."
     )
 
 

@@ -67,17 +67,26 @@ class PairedSession(LazySession):
         positions = prefill.positions
         if positions is None or not self.drafter.needs.positions:
             positions = real.cumsum(-1) - 1
-        positions = positions[..., -num_new:].to(device)
-        positions = positions.expand(*positions.shape[:-2], *order.shape)
-        positions = positions.gather(-1, order.expand_as(positions))
         features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
         behind = behind.clamp(min=0)
+        positions = positions[..., -num_new:].to(device)
+        positions = self._stand(positions.expand(*positions.shape[:-2], *order.shape), order, behind)
         embeds = self.head.embed(tokens[:, -num_new:].gather(1, behind))
         if self.drafter.needs.embeds:
             embeds, is_image = _with_pictures(prefill, embeds, behind, counts)
             self._read_with_pictures(embeds, features, positions, counts, is_image)
         else:
             self.state.read(embeds, features, positions, counts.tolist())
+
+    def _stand(self, positions: torch.Tensor, order: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        """Where rows stand, (B, T) or (3, B, T): by default where their features do.
+
+        Args:
+            positions (`torch.LongTensor` of shape `(B, T)` or `(3, B, T)`): Of the last T tokens that have features.
+            order, behind (`torch.LongTensor` of shape `(B, T)`): The places of the rows' features among these, and of the
+                tokens that rows read among the ones that come one later.
+        """
+        return positions.gather(-1, order.expand_as(positions))
 
     def _read_with_pictures(
         self,

@@ -32,7 +32,8 @@ def attach(
 
     Args:
         target (`str` or `os.PathLike`): Folder or Hub id.
-        drafter (`str` or `os.PathLike`): Folder or Hub id of a drafter of any kind that [`load_drafter`] reads.
+        drafter (`str` or `os.PathLike`): Folder or Hub id of a drafter of any kind that [`load_drafter`] reads; the target's
+            again for the MTP head in its own files.
         folder (`str` or `os.PathLike`): What to write; it must not exist, or be empty.
         revision (`str`, *optional*): Revision of the target on the Hub.
         drafter_revision (`str`, *optional*): Revision of the drafter on the Hub.
@@ -48,11 +49,10 @@ def attach(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` ({str(folder)!r}) holds something already; name one that is new or empty.")
-    sources = {
-        folder: _files_of(target, "target", revision),
-        folder / BESIDE: _files_of(drafter, "drafter", drafter_revision),
-    }
-    for destination, source in sources.items():
+    own = _files_of(target, "target", revision)
+    is_own = (drafter, drafter_revision) == (target, revision)  # a target that brings a drafter of its own
+    theirs = own if is_own else _files_of(drafter, "drafter", drafter_revision)
+    for destination, source in ((folder, own), (folder / BESIDE, theirs)):
         _put(source, destination, copies)
     shutil.rmtree(folder / "custom_generate", ignore_errors=True)  # a link to the target's own, if it has one
     add_custom_generate(folder)

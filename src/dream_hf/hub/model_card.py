@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
@@ -14,6 +15,7 @@ from .card_content import COLUMNS, PROGRESS, RECIPE, RESULTS, CardContent, card_
 
 TEMPLATES = Path(__file__).with_name("templates")
 MARKER = "<!-- Written by dream-hf."
+FORM = "[More Information Needed]"  # in cards that peft writes
 CONVENTIONS = (
     "tau is the mean number of tokens gained by a verification forward, the target's own bonus token included; the prefill is "
     "no such forward. speedup is the total time of plain `generate()` over the total time of the method on the same prompts, "
@@ -26,6 +28,24 @@ def write_card(folder: str | os.PathLike, config: Any, drafter: str | None = Non
     path = Path(folder, "README.md")
     if is_generated(path.read_text(encoding="utf-8") if path.is_file() else None):
         path.write_text(render_card(read_content(folder, config, drafter)), encoding="utf-8")
+
+
+def write_adapter_card(folder: str | os.PathLike, config: Any, base: str) -> None:
+    """Write `folder/README.md` for adapters of the drafter `base`, in place of peft's form; what was written by hand stays."""
+    path = Path(folder, "README.md")
+    card = path.read_text(encoding="utf-8") if path.is_file() else None
+    if not is_generated(card) and FORM not in str(card):
+        return
+    content = read_content(folder, config, tags=("lora",))
+    metadata = card_metadata(replace(content, target={**content.target, "name": base}))
+    metadata.library_name = "peft"
+    text = _template("adapter_card.md").substitute(
+        metadata=metadata.to_yaml(),
+        base=base or "the-drafter",
+        summary=_summary(content),
+        training=_training(content),
+    )
+    path.write_text(text, encoding="utf-8")
 
 
 def is_generated(card: str | None) -> bool:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 THREAD = "dream-hf page"
 NO_PICTURE = "There is no picture: upload one, or choose one of the examples."
-NO_QUESTION = "There is no question: write what you want to know about the picture."
+NO_QUESTION = "There is no question: write what you want to know."
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def answer(
 
     Args:
         models (`Models`): A target, its processor and a drafter.
-        picture: What [`load_image`] takes: a path above all. None where nothing was chosen.
+        picture: What [`load_image`] takes: a path above all. None where nothing was chosen, or for a text-only target.
         question (`str`): What to ask.
         max_new_tokens (`int`): Longest answer.
         repeats (`int`): Timed runs of each; medians count.
@@ -76,19 +76,26 @@ def answer(
         run.stop()
 
 
+def takes_pictures(models: Models) -> bool:
+    """Whether the target is one that pictures are shown to."""
+    return getattr(models.processor, "image_processor", None) is not None
+
+
 def _inputs(models: Models, picture: Any, question: str | None) -> Any:
     """The question as inputs of `generate()`."""
-    if picture is None:
+    if picture is None and takes_pictures(models):
         raise ValueError(NO_PICTURE)
     if question is None or not question.strip():
         raise ValueError(NO_QUESTION)
+    return encode(models.processor, question.strip(), None if picture is None else _load(picture))
+
+
+def _load(picture: Any) -> Any:
     try:
-        image = load_image(picture)
+        return load_image(picture)
     except (OSError, TypeError) as error:
-        raise ValueError(
-            f"The picture cannot be read: {getattr(error, 'strerror', None) or _reason(error)}"
-        ) from error
-    return encode(models.processor, question.strip(), image)
+        reason = getattr(error, "strerror", None) or _reason(error)
+        raise ValueError(f"The picture cannot be read: {reason}") from error
 
 
 def _reason(error: Exception) -> str:

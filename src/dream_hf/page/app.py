@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..load_models import Models
-from .answering import answer
+from .answering import answer, takes_pictures
 from .html import STYLE, write_state
 
 TITLE = "dream-hf: the same answer, sooner"
@@ -84,7 +84,7 @@ def make_page(
         gradio.Markdown(INTRODUCTION + (f"\n\n{DEMO_NOTE}" if is_demo else ""))
         with gradio.Row():
             with gradio.Column(scale=2, min_width=300):
-                shown, asked, limit = _fields(picture, question, max_new_tokens)
+                shown, asked, limit = _fields(picture, question, max_new_tokens, takes_pictures(models))
                 button = gradio.Button("Answer", variant="primary", elem_id="answer")
             with gradio.Column(scale=5, min_width=320):
                 answers = gradio.HTML(elem_id="answers")
@@ -104,12 +104,19 @@ def make_page(
     return page
 
 
-def _fields(picture: Any, question: str, max_new_tokens: int) -> tuple[Any, Any, Any]:
+def _fields(picture: Any, question: str, max_new_tokens: int, takes_pictures: bool) -> tuple[Any, Any, Any]:
     """What is asked about, what is asked, and how long the answer may be."""
     import gradio
 
     shown = gradio.Image(
-        picture, label="Picture", type="filepath", format="png", sources=["upload"], height=280, elem_id="picture"
+        picture,
+        label="Picture",
+        type="filepath",
+        format="png",
+        sources=["upload"],
+        height=280,
+        elem_id="picture",
+        visible=takes_pictures,
     )
     shown.preprocess = _path_of
     asked = gradio.Textbox(question, label="Question", lines=2, elem_id="question")

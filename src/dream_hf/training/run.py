@@ -54,6 +54,10 @@ class ModelDataArguments:
     target_revision: Optional[str] = _argument(None, "Revision of the target on the Hub.")  # noqa: UP045
     target_dtype: str = _argument("auto", "Of the target: auto (its own), float32, bfloat16 or float16.")
     target_attn_implementation: Optional[str] = _argument(None, "The target's attention.")  # noqa: UP045
+    target_quantization: Optional[str] = _argument(None, "4bit or 8bit: round the target's weights.")  # noqa: UP045
+    target_device_map: Optional[str] = _argument(  # noqa: UP045
+        None, "Spread the target over devices: auto, balanced, balanced_low_0 or sequential."
+    )
     use_lora: bool = _argument(False, "Train LoRA adapters of `drafter` instead of its own weights.")
     lora_r: int = _argument(16, "Rank of the adapters.")
     lora_alpha: int = _argument(32, "Scale of the adapters.")
@@ -100,9 +104,11 @@ def run_training(
     models = load_models(
         given.target,
         dtype=given.target_dtype,
-        device=str(args.device),
+        device=None if given.target_device_map is not None and args.world_size == 1 else str(args.device),
         revision=given.target_revision,
         attn_implementation=given.target_attn_implementation,
+        quantization=given.target_quantization,
+        device_map=given.target_device_map,
     )
     shape: Any = given.drafter_config or {}  # JSON has been read
     drafter: Any = (

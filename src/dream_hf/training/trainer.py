@@ -21,7 +21,7 @@ from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.eagle.drafter import EagleDrafter
 from ..drafters.levels import TargetHead
 from ..drafters.paired_session import embed_from
-from ..hub.model_card import write_card
+from ..hub.model_card import write_adapter_card, write_card
 from ..targets.target import Target, end_ids, unwrap
 from .acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 from .arguments import DreamTrainingArguments
@@ -379,6 +379,12 @@ class DreamTrainer(WholeCheckpointTrainer):
     @property
     def _config(self) -> Any:
         return unwrap(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)).config
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        adapters = getattr(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), "peft_config", None)
+        for each in (adapters or {}).values() if isinstance(self._config, DreamConfig) else ():
+            write_adapter_card(output_dir or self.args.output_dir, self._config, each.base_model_name_or_path or "")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the drafter's own card; transformers' template knows neither the target nor how to use a drafter."""

@@ -14,7 +14,7 @@ from ...targets.target import Target
 from ..attention import SEEN
 from ..checkpoint_files import check_shapes
 from ..fit import describe_target
-from .drafter import MTPDrafter
+from .drafter import MTPDrafter, wired
 from .published import PREFIX, renamed
 
 REMEDY = "Get the checkpoint again; if it is whole, its head is of a kind that is not read."
@@ -31,16 +31,14 @@ def load_mtp(
         config (`Mapping`): The fields of the config.json beside it: the target's own, or speculators'.
         tensors (`Mapping`): Its tensors by their published names.
         target (`PreTrainedModel`): The model to draft for.
-        wiring (`Mapping`, *optional*): `{"image_rows": "token" or "merged"}`; by default the target's own head reads pictures
-            as they entered it, and one that speculators trained the placeholders.
+        wiring (`Mapping`, *optional*): As in [`MTPDrafter`]; of a head that speculators trained, `image_rows` is `"token"` by
+            default.
 
     Raises:
         ValueError: Tensors that are missing, unknown or of another shape, or another target than they were made for.
     """
     view, is_speculators = Target(target), "speculators_model_type" in config
-    chosen = {"image_rows": "token" if is_speculators else "merged", **(wiring or {})}
-    if unknown := sorted(chosen.keys() - {"image_rows"}):
-        raise ValueError(f"`wiring` names {', '.join(unknown)}; what can be said of an MTP head is image_rows.")
+    wiring = wired({**({"image_rows": "token"} if is_speculators else {}), **(wiring or {})})
     try:
         _check_target((config.get("transformer_layer_config") if is_speculators else None) or config, view)
         ours = renamed(tensors)
@@ -49,7 +47,7 @@ def load_mtp(
         raise ValueError(f"{source!r} has no MTP head for this target: {error}.".replace("..", ".")) from error
     description = {**describe_target(view.model.config), "name": None, "revision": None}
     with torch.device("meta"):
-        drafter = MTPDrafter(parts, description, chosen["image_rows"])
+        drafter = MTPDrafter(parts, description, wiring)
     expected = {f"{PREFIX}{name}": weight.shape for name, weight in drafter.state_dict().items()}
     check_shapes(source, {f"{PREFIX}{name}": tensor.shape for name, tensor in ours.items()}, expected, REMEDY)
     placed = {name: tensor.to(target.device, target.dtype) for name, tensor in ours.items()}

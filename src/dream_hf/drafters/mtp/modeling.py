@@ -26,6 +26,8 @@ class MTPModel(nn.Module):
         parts (`AttendingLayer`): What the layer is made of; it has to look its attention up as `SEEN`.
     """
 
+    draft_token_ids: torch.Tensor | None  # (R,), or None for all tokens
+
     def __init__(self, parts: AttendingLayer):
         super().__init__()
         self.config: Any = parts.config
@@ -36,8 +38,8 @@ class MTPModel(nn.Module):
         self.layers = nn.ModuleList([parts.layer(self.config, 0)])
         self.norm = parts.norm(size, eps=eps)
         self.rotary_emb, self.has_planes = parts.rotary, parts.has_planes
-        # Embedding, head and vocabulary are the target's.
-        self.embed_tokens = self.lm_head = self.draft_token_ids = None
+        self.embed_tokens = self.lm_head = None  # which are the target's
+        self.register_buffer("draft_token_ids", None, persistent=False)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,28 @@
+"""`dream-hf merge`."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "Merge LoRA adapters into the drafter they were trained on, and write an ordinary drafter."
+EXAMPLE = "dream-hf merge my-adapter merged-drafter --base my-drafter"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `dream-hf merge`."""
+    parser.add_argument("adapters", help="folder of adapters, as `dream-hf train --use_lora true` writes it")
+    parser.add_argument("destination", help="folder to write; new or empty")
+    parser.add_argument(
+        "--base", help="folder or Hub id of the drafter they were trained on; what they name by default"
+    )
+    parser.add_argument("--base-revision", help="revision of the base on the Hub")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge, and say where the drafter is."""
+    from ..drafters.dream.merging import merge_adapters
+    from ..load_models import source_of
+
+    base = None if args.base is None else source_of(args.base, "drafter")
+    folder = merge_adapters(args.adapters, args.destination, base, base_revision=args.base_revision)
+    print(f"Written: {folder}, a drafter like any other. Its card is {folder / 'README.md'}.")
