@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .decoding.settings import DraftSettings as DraftSettings
     from .decoding.tree import DraftTree as DraftTree
     from .drafters.combined import CombinedDrafter as CombinedDrafter
+    from .drafters.dflash.configuration import DFlashConfig as DFlashConfig
+    from .drafters.dflash.drafter import DFlashDrafter as DFlashDrafter
     from .drafters.dream.configuration import DreamConfig as DreamConfig
     from .drafters.dream.drafter import DreamDrafter as DreamDrafter
     from .drafters.dream.shape import suggested_shape as suggested_shape
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CombinedDrafter": "drafters.combined",
+    "DFlashConfig": "drafters.dflash.configuration",
+    "DFlashDrafter": "drafters.dflash.drafter",
     "DraftSession": "decoding.drafter",
     "DraftSettings": "decoding.settings",
     "DraftTree": "decoding.tree",

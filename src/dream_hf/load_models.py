@@ -17,7 +17,9 @@ from transformers.utils import find_adapter_config_file
 
 from .decoding.drafter import Drafter
 from .drafters.combined import CombinedDrafter
-from .drafters.detection import EAGLE, MTP, OUR_MODEL_TYPES, kind_of, wanted_names
+from .drafters.detection import DFLASH, EAGLE, MTP, OUR_MODEL_TYPES, kind_of, wanted_names
+from .drafters.dflash.drafter import DFlashDrafter
+from .drafters.dflash.loading import load_dflash
 from .drafters.dream.conversion import convert_checkpoint
 from .drafters.dream.drafter import DreamDrafter
 from .drafters.eagle.drafter import EagleDrafter
@@ -115,7 +117,8 @@ def load_drafter(
 
     It is told from config.json and the names of the weights what a checkpoint holds: a drafter that was saved here, DREAM's as
     its authors publish them, EAGLE-1, EAGLE-2 and EAGLE-3 as SafeAILab, SpecForge, AngelSlim, speculators, ModelOpt and NeMo
-    write them, MSD and ViSpec; and a target itself, whose MTP head (`mtp.*`, which transformers leaves out) is the drafter.
+    write them, MSD and ViSpec, DFlash as z-lab and speculators write it; and a target itself, whose MTP head (`mtp.*`, which
+    transformers leaves out) is the drafter.
     Pickles are read as plain tensors only.
 
     Args:
@@ -153,6 +156,8 @@ def load_drafter(
     if found.kind == MTP:  # of which texts without pictures, all that "probe" has here, tell nothing more
         return load_mtp(name, config, found.tensors, target, None if isinstance(wiring, str) else wiring)
     _refuse_wiring(name, wiring)
+    if found.kind == DFLASH:
+        return load_dflash(name, config, found.tensors, target)
     with tempfile.TemporaryDirectory() as folder:
         convert_checkpoint(name, folder, revision=found.revision)
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
@@ -222,8 +227,8 @@ def _open(source: str | PathLike, target: Any, revision: str | None) -> _Checkpo
 
 def load_saved(source: str, config: Mapping[str, Any], dtype: str | torch.dtype, revision: str | None = None) -> Any:
     """A drafter that was saved here, whose config.json has these fields, on the CPU."""
-    is_eagle = config["model_type"] == EagleDrafter.config_class.model_type
-    model_class: Any = EagleDrafter if is_eagle else DreamDrafter
+    kinds: tuple[Any, ...] = (EagleDrafter, DFlashDrafter, DreamDrafter)
+    model_class = next(kind for kind in kinds if kind.config_class.model_type == config["model_type"])
     return model_class.from_pretrained(source, dtype=dtype, revision=revision)
 
 

@@ -245,8 +245,9 @@ BROKEN = {
     "no drafter": (lambda t, c: {"weight": t["fc.weight"]}, "no drafter that can be told"),
     "an adaptor too many": (lambda t, c: t | {"imadpt.q": t["norm.weight"][:32].view(2, 4, 4) + 0}, "has no rows past"),
     "ViSpec of NeMo's": (lambda t, c: t | {"img_adaptor.query": t["norm.weight"] + 0}, "a ViSpec drafter of NeMo's"),
-    "DFlash": (lambda t, c: t | {"hidden_norm.weight": t["norm.weight"] + 0}, "a DFlash drafter"),
-    "another algorithm": (lambda t, c: c.update(speculators_model_type="peagle") or t, "'peagle' drafter"),
+    "DFlash": (lambda t, c: t | {"hidden_norm.weight": t["norm.weight"] + 0}, "no DFlash drafter"),
+    "another algorithm": (lambda t, c: c.update(speculators_model_type="other") or t, "'other' drafter"),
+    "P-EAGLE": (lambda t, c: c.update(speculators_model_type="peagle") or t, "a parallel .P-EAGLE. drafter"),
 }  # fmt: skip
 
 

@@ -48,6 +48,38 @@ def check_identity(drafter: PreTrainedModel, actual: dict[str, Any]) -> None:
         )
 
 
+def check_reading(drafter: Any, actual: dict[str, Any]) -> None:
+    """Refuse a target whose features a published drafter cannot read, or whose tokens it does not know.
+
+    Args:
+        drafter (`PreTrainedModel`): Its config is a [`LayerConfig`].
+        actual (`dict`): The target, as [`describe_target`] describes it.
+    """
+    config, ids = drafter.config, drafter.draft_token_ids
+    for ours, name in ((config.target_hidden_size, "hidden_size"), (config.vocab_size, "vocab_size")):
+        if ours != actual[name]:
+            raise ValueError(
+                f"The drafter was made for a target with `{name}` {ours}, and this one's is {actual[name]}. Load the "
+                "drafter that was trained for this target."
+            )
+    if max(config.feature_layers) > actual["num_hidden_layers"]:
+        raise ValueError(
+            f"The drafter reads the layers {config.feature_layers} (`feature_layers`) of a target that has "
+            f"{actual['num_hidden_layers']}. Load the drafter that was trained for this target."
+        )
+    if "num_hidden_layers" not in (config.target or {}):
+        raise ValueError(
+            "The drafter's config has no `target`, so nobody knows which of its `feature_layers` is the last. Set "
+            "`config.target = {'num_hidden_layers': ...}`, or load it with `load_drafter`."
+        )
+    check_identity(drafter, actual)
+    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        raise ValueError(
+            f"`draft_token_ids` reach from {int(ids.min())} to {int(ids.max())}; tokens lie in [0, "
+            f"{config.vocab_size}), the drafter's `vocab_size`. The checkpoint's `d2t` was missing or is damaged."
+        )
+
+
 def check_top_k(settings: DraftSettings, size: int | None, what: str) -> None:
     """Refuse settings that want more children of a node than there are tokens; `what` says which tokens."""
     if size is not None and settings.tree_top_k > size:

@@ -149,16 +149,36 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, settings: DraftSet
         if not crossings.reads_wait(log_probs.device):
             num_nodes = min(max(int(is_likely.sum(-1).max()), 1), num_nodes)
     chosen = scores.topk(min(num_nodes, scores.shape[1]), dim=-1).indices.sort(dim=-1).values
-    tokens = torch.cat(found.tokens, dim=1).gather(1, chosen)
-    parents = found.parent_of_each().gather(1, chosen)
+    tokens = torch.cat(found.tokens, dim=1)
+    return kept_tree(root_tokens, tokens, found.parent_of_each(), log_probs, chosen, num_levels)
 
+
+def kept_tree(
+    root_tokens: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    log_probs: torch.Tensor,
+    chosen: torch.Tensor,
+    num_levels: int,
+) -> DraftTree:
+    """The tree of some of C candidates, of which each comes after its parent.
+
+    Args:
+        root_tokens (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
+        tokens (`torch.LongTensor` of shape `(B, C)`): Tokens of the candidates.
+        parents (`torch.LongTensor` of shape `(B, C)`): Their parents among them, -1 for the root.
+        log_probs (`torch.Tensor` of shape `(B, C)`): Log-probabilities of the paths to them.
+        chosen (`torch.LongTensor` of shape `(B, N)`): Which to keep, rising; parents of those among them.
+        num_levels (`int`): Levels at most.
+    """
     # Node index of every candidate: 0 for the root, kept at the end so that parent -1 finds it.
-    nodes = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.long, device=scores.device)
-    nodes.scatter_(1, chosen, torch.arange(1, chosen.shape[1] + 1, device=scores.device).expand_as(chosen))
-    parents = nodes.gather(1, parents % nodes.shape[1])
+    num_candidates = tokens.shape[1]
+    nodes = torch.zeros(chosen.shape[0], num_candidates + 1, dtype=torch.long, device=chosen.device)
+    nodes.scatter_(1, chosen, torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen))
+    above = nodes.gather(1, parents.gather(1, chosen) % nodes.shape[1])
     tree = DraftTree.from_parents(
-        torch.cat([root_tokens, tokens], dim=1),
-        torch.cat([torch.zeros_like(root_tokens), parents], dim=1),
+        torch.cat([root_tokens, tokens.gather(1, chosen)], dim=1),
+        torch.cat([torch.zeros_like(root_tokens), above], dim=1),
         num_levels,
     )
     return replace(tree, log_probs=torch.nn.functional.pad(log_probs.gather(1, chosen), (1, 0)))

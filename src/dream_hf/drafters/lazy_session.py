@@ -9,6 +9,7 @@ import torch
 from ..decoding.drafter import DraftSession, Verified
 from ..decoding.settings import DraftSettings
 from ..decoding.tree import DraftTree
+from ..runtime.counts import Counts
 from .growth import LevelSource, grow_tree
 from .levels import TargetHead
 from .pending import PendingTokens
@@ -44,5 +45,8 @@ class LazySession(DraftSession):
     def _catch_up(self) -> None:
         """Read what was gained since the last draft."""
         if self.pending:
-            tokens, features, counts = self.pending.take()
-            self.state.read_on(self.head.embed(tokens), features, counts)
+            self._read_on(*self.pending.take())
+
+    def _read_on(self, tokens: torch.Tensor, features: torch.Tensor, counts: Counts) -> None:
+        """Read the first `counts[b]` of tokens (B, T), and the features (B, T, feature_size) that they were chosen from."""
+        self.state.read_on(self.head.embed(tokens), features, counts)

@@ -11,6 +11,7 @@ from torch import nn
 from ..decoding.drafter import Prefill
 from ..decoding.settings import DraftSettings
 from ..runtime.alignment import left_aligned
+from ..runtime.kv_cache import leave_inference_mode
 from .lazy_session import LazySession
 from .levels import TargetHead
 from .paired_state import PairedLevels, PairedState
@@ -42,7 +43,7 @@ class PairedSession(LazySession):
         if isinstance(prefill.earlier, PairedSession) and prefill.earlier.drafter is self.drafter:
             self.state, self.pending = prefill.earlier.state, prefill.earlier.pending
             self.state.draft_threads = self.settings.draft_threads
-            self.state.leave_inference_mode()
+            leave_inference_mode(self.state.cache)
             self._catch_up()
             return self.state, self.pending
         batch_size = prefill.first_tokens.shape[0]

@@ -125,13 +125,6 @@ class PairedState:
         self.slots.extend(embeds.shape[1])
         return hidden
 
-    def leave_inference_mode(self) -> None:
-        """Let buffers made in `torch.inference_mode()` be written outside it."""
-        if not torch.is_inference_mode_enabled():
-            layers: list[Any] = self.cache.layers
-            for layer in layers:
-                layer.leave_inference_mode()
-
     def _read_behind(
         self, embeds: torch.Tensor, states: torch.Tensor, positions: torch.Tensor, pictures: Part | None
     ) -> torch.Tensor:

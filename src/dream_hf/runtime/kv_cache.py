@@ -246,6 +246,14 @@ def slot_cache(slots_of_layers: Sequence[Slots], like: torch.Tensor | None = Non
     return Cache(layers=layers)  # type: ignore[arg-type]
 
 
+def leave_inference_mode(cache: Cache) -> None:
+    """Let a [`slot_cache`] whose buffers were made in `torch.inference_mode()` be written outside it."""
+    if not torch.is_inference_mode_enabled():
+        layers: list[Any] = list(cache.layers)
+        for layer in layers:
+            layer.leave_inference_mode()
+
+
 @contextmanager
 def slot_layers(cache: Cache, slots: Slots, room: int = 0, is_kept: bool = True) -> Iterator[list[SlotLayer]]:
     """Let a prefilled cache keep its keys and values in [`SlotLayer`]s while in the block.

@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .published import (
-    DEFAULT_THETA,
-    Fields,
-    Wiring,
-    declared_ids,
-    is_first_generation,
-    is_from_angelslim,
-    rope_fields,
-)
+from ..published_fields import DEFAULT_THETA, Fields, rope_fields
+from .published import Wiring, declared_ids, is_first_generation, is_from_angelslim
 
 THETAS = (DEFAULT_THETA, 500_000.0, 1_000_000.0, 5_000_000.0)  # that models have
 SHIFTS = (-1, 1)  # of places in `hidden_states`: the commonest fault

@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ...decoding.drafter import Drafter, Needs, Prefill
 from ...decoding.settings import DraftSettings
 from ...targets.target import Target
-from ..fit import check_identity, check_place, check_weights, describe_target
+from ..fit import check_place, check_reading, check_weights, describe_target
 from ..vocabulary import sorted_token_ids
 from .configuration import EagleConfig
 from .modeling import EagleModel
@@ -88,39 +88,11 @@ class EagleDrafter(EagleModel, Drafter):
 
     def check(self, target: PreTrainedModel, settings: DraftSettings) -> None:
         """Refuse a target that this drafter was not made for, settings beyond its vocabulary, and damaged weights."""
-        config = self.config
-        actual = describe_target(target.config)
-        for ours, name in ((config.target_hidden_size, "hidden_size"), (config.vocab_size, "vocab_size")):
-            if ours != actual[name]:
-                raise ValueError(
-                    f"The drafter was made for a target with `{name}` {ours}, and this one's is {actual[name]}. Load the "
-                    "drafter that was trained for this target."
-                )
-        if max(config.feature_layers) > actual["num_hidden_layers"]:
-            raise ValueError(
-                f"The drafter reads the layers {config.feature_layers} (`feature_layers`) of a target that has "
-                f"{actual['num_hidden_layers']}. Load the drafter that was trained for this target."
-            )
-        if "num_hidden_layers" not in (config.target or {}):
-            raise ValueError(
-                "The drafter's config has no `target`, so nobody knows which of its `feature_layers` is the last. Set "
-                "`config.target = {'num_hidden_layers': ...}`, or load it with `load_drafter`."
-            )
-        check_identity(self, actual)
-        config.check_width(settings)
-        _check_token_ids(self)
+        check_reading(self, describe_target(target.config))
+        self.config.check_width(settings)
         check_weights(self)
         check_place(target, self)
 
     def start(self, prefill: Prefill, settings: DraftSettings) -> EagleSession:
         """Read a prompt with the target's features."""
         return EagleSession(self, prefill, settings)
-
-
-def _check_token_ids(drafter: EagleDrafter) -> None:
-    ids = drafter.draft_token_ids
-    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < drafter.config.vocab_size:
-        raise ValueError(
-            f"`draft_token_ids` reach from {int(ids.min())} to {int(ids.max())}; tokens lie in [0, "
-            f"{drafter.config.vocab_size}), the drafter's `vocab_size`. The checkpoint's `d2t` was missing or is damaged."
-        )

@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from ..checkpoint_files import check_shapes
 from ..fit import describe_target
-from .configuration import EagleConfig
+from ..published_fields import check_features, check_vocabulary, read_fields
+from ..published_model import assembled
 from .doubts import doubts
 from .drafter import EagleDrafter
 from .published import (
-    Wiring,
     is_first_generation,
     is_msd,
     read_config,
-    read_fields,
     read_wiring,
     refuse_unread,
     renamed,
@@ -60,7 +58,9 @@ def load_eagle(
             ours.pop("embed_tokens.weight", None)  # a copy of the target's, which published loaders put in its place
         if not found.has_final_norm:
             ours.pop("norm.weight", None)  # SpecForge writes it and does not use it
-        _check_target(fields, ours, found, description)
+        check_vocabulary(fields, ours, description)
+        wanted = 2 * description["hidden_size"] if is_first_generation(set(ours)) else None
+        check_features(ours, found.feature_layers, description, wanted)
         drafter_config = read_config(fields, ours, found, {**description, "name": None, "revision": None})
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{source!r} is no EAGLE drafter for this target: {error}.".replace("..", ".")) from error
@@ -72,7 +72,7 @@ def load_eagle(
             f"The config of {source!r} leaves open {'; '.join(open_questions)}. Say it (`wiring={{...}}`), or let the target "
             'tell: `wiring="probe"`.'
         )
-    return _assembled(drafter_config, ours, target)
+    return assembled(EagleDrafter, drafter_config, ours, target)
 
 
 def _with_padding(
@@ -86,40 +86,3 @@ def _with_padding(
         return fields, tensors
     padded = torch.nn.functional.pad(table, (0, 0, 0, num_missing))
     return {**fields, "vocab_size": vocab_size}, {**tensors, "embed_tokens.weight": padded}
-
-
-def _check_target(fields: Mapping[str, Any], tensors: Mapping[str, Any], wiring: Wiring, target: Mapping) -> None:
-    """Refuse what was made for another target, as plainly as can be said."""
-    vocab_size, layers = target["vocab_size"], wiring.feature_layers
-    if fields.get("vocab_size") not in (None, vocab_size):
-        raise ValueError(f"its vocabulary has {fields['vocab_size']} tokens and the target's {vocab_size}")
-    if min(layers) < 1 or max(layers) > target["num_hidden_layers"]:
-        raise ValueError(f"it reads layers {layers} of a target that has {target['num_hidden_layers']}")
-    head = tensors.get("lm_head.weight")
-    if head is not None and head.shape[0] != vocab_size and "draft_token_ids" not in tensors:
-        raise ValueError(f"its head has {head.shape[0]} rows, and without a d2t nobody knows which tokens they are")
-    ids = tensors.get("draft_token_ids")
-    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ValueError(f"its d2t leads to tokens from {int(ids.min())} to {int(ids.max())}, of {vocab_size}")
-    fc = tensors.get("fc.weight")
-    if fc is None or fc.ndim != 2:
-        raise ValueError("it has no matrix fc.weight")
-    wanted = 2 * fc.shape[0] if is_first_generation(set(tensors)) else len(layers) * target["hidden_size"]
-    if fc.shape[1] != wanted:
-        raise ValueError(
-            f"its fc reads {fc.shape[1]} numbers, and {wanted} are what {len(layers)} layers of this target "
-            f"(width {target['hidden_size']}) give"
-        )
-
-
-def _assembled(config: EagleConfig, tensors: Mapping[str, torch.Tensor], target: Any) -> EagleDrafter:
-    """The drafter itself, made without weights that would be thrown away."""
-    with torch.device("meta"):
-        drafter: Any = EagleDrafter(config)
-    placed = {
-        name: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
-        for name, tensor in tensors.items()
-    }
-    drafter.load_state_dict(placed, assign=True)
-    drafter.rotary_emb = LlamaRotaryEmbedding(config).to(target.device)  # type: ignore[arg-type]
-    return drafter.requires_grad_(False).eval()

@@ -10,10 +10,11 @@ from typing import Any
 from ..agreement import agreements, write_texts
 from ..fit import describe_target
 from ..probe import NUM_TOKENS, Probe, Trial, tell
+from ..published_fields import read_fields
 from .doubts import alternatives
 from .drafter import EagleDrafter
 from .loading import load_eagle
-from .published import Wiring, read_fields, read_wiring
+from .published import Wiring, read_wiring
 
 
 def probe_eagle(

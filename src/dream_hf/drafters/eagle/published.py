@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
+from ..published_fields import (
+    DEFAULT_THETA,
+    Fields,
+    Tensors,
+    layer_fields,
+    renamed_tensors,
+    rope_fields,
+    rope_parameters_of,
+)
 from .configuration import EagleConfig
 
-Tensors = Mapping[str, torch.Tensor]
-Fields = Mapping[str, Any]
-
-DEFAULT_THETA = 10000.0
 # ViSpec's names that differ from ours in more than their beginning.
 VISPEC_NAMES = {
     "imadpt.q": "image_adaptor.queries", "img_fc.weight": "image_fc.weight", "img_fc.bias": "image_fc.bias",
 }  # fmt: skip
-# Fields of published configs that ours has under the same name.
-SHARED_FIELDS = (
-    "intermediate_size", "num_attention_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ class Wiring:
         return replace(self, **changes)
 
 
-def read_fields(config: Fields) -> dict[str, Any]:
-    """A config.json with the fields of a nested `transformer_layer_config` beside its own, which win."""
-    return {**(config.get("transformer_layer_config") or {}), **config}
-
-
 def refuse_unread(config: Fields) -> None:
     """Refuse what a config asks for and this package does not do.
 
@@ -86,32 +81,12 @@ def refuse_unread(config: Fields) -> None:
 
 def renamed(tensors: Tensors) -> dict[str, torch.Tensor]:
     """The same tensors by our names: `model.` goes, `midlayer` is the first of `layers`, `d2t` becomes token ids."""
-    ours = {}
-    for key, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{key} is a {type(value).__name__}, no tensor")
-        name = re.sub(r"^midlayer\.", "layers.0.", re.sub(r"^model\.", "", key))
-        name = VISPEC_NAMES.get(name) or re.sub(r"^imadpt\.", "image_adaptor.", name)
-        if name in ours:
-            raise ValueError(f"the tensors {key} and another one are both {name}")
-        if not re.fullmatch(r".*rotary_emb\.inv_freq", name):  # computed from the config
-            ours[name] = value
-    deltas, is_drafted = ours.pop("d2t", None), ours.pop("t2d", None)
-    if deltas is not None:
-        ours["draft_token_ids"] = _token_ids(deltas, is_drafted)
-    elif is_drafted is not None:
-        raise ValueError("there is a t2d and no d2t, so that nobody knows which tokens its head drafts")
-    return ours
+    return renamed_tensors(tensors, _our_name)
 
 
-def _token_ids(deltas: torch.Tensor, is_drafted: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of the target that drafted ids stand for: d2t holds differences."""
-    if deltas.is_floating_point() or deltas.ndim != 1:
-        raise ValueError(f"d2t is {deltas.dtype} of shape {tuple(deltas.shape)}; it must be a row of integers")
-    ids = deltas.long() + torch.arange(len(deltas))
-    if is_drafted is not None and sorted(ids.tolist()) != is_drafted.nonzero().flatten().tolist():
-        raise ValueError("d2t and t2d name different tokens")
-    return ids
+def _our_name(key: str) -> str:
+    name = re.sub(r"^midlayer\.", "layers.0.", re.sub(r"^model\.", "", key))
+    return VISPEC_NAMES.get(name) or re.sub(r"^imadpt\.", "image_adaptor.", name)
 
 
 def read_wiring(config: Fields, names: set[str], num_target_layers: int) -> Wiring:
@@ -196,11 +171,6 @@ def _rope(config: Fields, is_angelslim: bool, wants_planes: bool) -> dict[str, A
     }
 
 
-def rope_fields(config: Fields) -> dict[str, Any]:
-    """What a config says of its rotary embedding, under either name."""
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-
-
 def read_config(config: Fields, tensors: Tensors, wiring: Wiring, target: Fields) -> EagleConfig:
     """The config of a drafter with these tensors (by our names), for a target as `describe_target` describes it.
 
@@ -208,46 +178,25 @@ def read_config(config: Fields, tensors: Tensors, wiring: Wiring, target: Fields
         ValueError: Shapes that fit no such drafter.
     """
     keys, is_first = set(tensors), is_first_generation(set(tensors))
-    query, key = (_rows(tensors, f"layers.0.self_attn.{part}_proj.weight") for part in "qk")
-    num_heads, hidden = config.get("num_attention_heads"), _rows(tensors, "fc.weight")
-    if not isinstance(num_heads, int):
-        raise ValueError(f"its config.json has no `num_attention_heads` ({num_heads!r})")
-    head_dim = _share(query, num_heads, "q_proj", "`num_attention_heads`")
-    given = {name: config[name] for name in SHARED_FIELDS if config.get(name) is not None}
-    ids = tensors.get("draft_token_ids")
+    shape = layer_fields(config, tensors, target)
+    if is_first:
+        shape["fc_bias"] = bool(config.get("bias", config.get("fc_bias", not wiring.has_final_norm)))
     return EagleConfig(
-        **given,
-        vocab_size=target["vocab_size"],
-        hidden_size=hidden,
-        target_hidden_size=target["hidden_size"],
+        **shape,
         feature_layers=list(wiring.feature_layers),
         generation=1 if is_first else 3,
-        num_hidden_layers=1 + max(int(found[1]) for name in keys if (found := re.match(r"layers\.(\d+)\.", name))),
-        num_key_value_heads=_share(key, head_dim, "k_proj", "`head_dim`"),
-        head_dim=head_dim,
-        rope_parameters=_rope_parameters(config, wiring),
-        attention_bias="layers.0.self_attn.q_proj.bias" in keys,
-        attention_output_bias="layers.0.self_attn.o_proj.bias" in keys,
-        mlp_bias="layers.0.mlp.gate_proj.bias" in keys,
-        fc_bias=bool(config.get("bias", config.get("fc_bias", not wiring.has_final_norm)))
-        if is_first
-        else "fc.bias" in keys,
-        has_qk_norm="layers.0.self_attn.q_norm.weight" in keys,
+        rope_parameters=rope_parameters_of(rope_fields(config), wiring.rope_theta),
         has_input_norm=is_first and "layers.0.input_layernorm.weight" in keys,
         has_final_norm=wiring.has_final_norm,
         is_feedback_normed=wiring.is_feedback_normed,
         norm_before_residual=wiring.norm_before_residual,
         norm_before_fc=bool(config.get("norm_before_fc")) or "input_norm.weight" in keys,
         has_fc_norm=bool(config.get("fc_norm")) or "fc_norm.0.weight" in keys,
-        has_embedding="embed_tokens.weight" in keys,
-        has_head="lm_head.weight" in keys,
         mrope_section=wiring.mrope_section,
         is_mrope_interleaved=wiring.is_mrope_interleaved,
         image_rows=wiring.image_rows,
         num_image_queries=_num_image_queries(tensors),
         has_image_bias="image_adaptor.k_proj.bias" in keys,
-        draft_vocab_size=None if ids is None else len(ids),
-        target=dict(target),
     )
 
 
@@ -259,24 +208,3 @@ def _num_image_queries(tensors: Tensors) -> int:
     if queries.ndim != 3:
         raise ValueError(f"imadpt.q is of shape {tuple(queries.shape)}; it must be (queries, heads, head width)")
     return len(queries)
-
-
-def _rope_parameters(config: Fields, wiring: Wiring) -> dict[str, Any]:
-    rope = rope_fields(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", "mrope"):
-        return {"rope_type": "default", "rope_theta": wiring.rope_theta}
-    rope.pop("type", None)
-    return {**rope, "rope_type": kind, "rope_theta": wiring.rope_theta}
-
-
-def _rows(tensors: Tensors, name: str) -> int:
-    if name not in tensors or tensors[name].ndim != 2:
-        raise ValueError(f"it has no matrix {name}")
-    return tensors[name].shape[0]
-
-
-def _share(rows: int, count: int, name: str, field: str) -> int:
-    if count < 1 or rows % count:
-        raise ValueError(f"{name} has {rows} rows, which {field} ({count}) does not divide")
-    return rows // count

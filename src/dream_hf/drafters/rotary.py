@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention import Angles
+from .attention import Angles
 
 
 def planes_of_channels(section: Sequence[int], is_interleaved: bool) -> Tensor:
@@ -33,8 +33,8 @@ def angles_at(
     like: Tensor,
 ) -> Angles:
     """Cosines and signed sines, (B, 1, T, head_dim) each, in the dtype and on the device of `like`."""
-    frequencies = frequencies.to(like.device, torch.float32)
-    positions = positions.to(like.device, torch.float32)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    frequencies, positions = frequencies.to(like.device, dtype), positions.to(like.device, dtype)
     if positions.ndim == 3:
         planes = torch.zeros(len(frequencies), dtype=torch.long) if planes is None else planes
         positions = positions[planes.to(like.device)].movedim(0, -1)  # (B, T, head_dim / 2)
