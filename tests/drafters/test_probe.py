@@ -37,14 +37,14 @@ class Recall(nn.Linear):
         return logits.scatter(-1, says[..., None], 20.0)
 
 
-def foretold_by(drafter, target, inputs) -> None:
+def foretold_by(drafter, target, inputs, levels=LEVELS, rounds=ROUNDS) -> None:
     """Let the target write what the drafter says, some levels ahead each time: on the target's features, then on its own."""
     head = Recall(target.lm_head.in_features, target.lm_head.out_features, bias=False, dtype=target.dtype)
     head.weight = target.lm_head.weight
     text, tokens = dict(inputs), [5]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         path: list[int] = []
-        for _ in range(LEVELS):
+        for _ in range(levels):
             said = dream_hf.draft_log_probs(target, drafter, text, tokens[-1], path)
             path.append(int(said[-1].argmax()))
         tokens += path

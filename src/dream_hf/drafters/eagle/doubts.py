@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ..published_fields import DEFAULT_THETA, Fields, rope_fields
@@ -70,6 +69,4 @@ def alternatives(
         changes += [{"has_final_norm": False, "is_feedback_normed": False}]
         if has_pictures and wiring.image_rows in ("token", "merged"):
             changes += [{"image_rows": each} for each in ("token", "merged")]
-    others = {replace(wiring, **change): change for change in changes}
-    others.pop(wiring, None)
-    return list(others.values())
+    return changes
