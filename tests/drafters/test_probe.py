@@ -83,7 +83,7 @@ CASES = {
     "norm before residual": (NAMED["speculators-residual"], {"norm_before_residual": None}, {"norm_before_residual": True}),
     "normed feedback": (NAMED["speculators-3.1"], {"norm_output": None}, {"is_feedback_normed": True}),
     "head without norm": (NAMED["eagle3-head-without-norm"], {"norm_output": None}, {"has_final_norm": False}),
-    "base": (Layout("base", {**ANGELSLIM, "rope_theta": 400.0}, theta=400.0), {}, {"rope_theta": 400.0}),
+    "base": (Layout("base", {**ANGELSLIM, "rope_theta": 20.0}, theta=20.0), {}, {"rope_theta": 20.0}),
     "two things": (
         replace(NAMED["speculators-residual"], name="two", theta=10000.0),
         {"norm_before_residual": None},

@@ -31,6 +31,11 @@ class Trial:
     changes: dict[str, Any]
     agreement: Agreement
 
+    @property
+    def rank(self) -> tuple[float, int, float]:
+        """What makes a wiring better: tokens that are gained; in a draw fewer changes, then the probability of the target's."""
+        return round(self.agreement.gain, 2), -len(self.changes), self.agreement.log_prob
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -77,11 +82,6 @@ def probe_as_it_is(
     return tell(source, Probe([Trial({}, {}, agreement)], drafter))
 
 
-def rank(agreement: Agreement) -> tuple[float, float]:
-    """What makes a wiring better: tokens that are gained, and in a draw the probability of the target's."""
-    return round(agreement.gain, 2), agreement.log_prob
-
-
 def tell(source: str, probe: Probe) -> Probe:
     """Log what was found, and warn where even the best is poor."""
     logger.info(f"Wirings of {source!r}:\n{probe.table()}")
@@ -115,17 +115,19 @@ def probe_wirings(
     Raises:
         ValueError: As [`write_texts`], or as `load` where no wiring is allowed.
     """
-    tried: dict[Any, Agreement] = {}
+    tried: dict[Any, Trial] = {}
     texts = None
     best, previous = start, None
     while best != previous:
         wirings = dict.fromkeys((best, *(replace(best, **change) for change in alternatives(best))))
         drafters = _loaded(load, [wiring for wiring in wirings if wiring not in tried])
         texts = texts or write_texts(target, inputs, num_tokens)  # not before something could be loaded
-        tried |= dict(zip(drafters, agreements(target, list(drafters.values()), texts), strict=True))
-        best, previous = max(tried, key=lambda wiring: rank(tried[wiring])), best
-    trials = [Trial(asdict(wiring), _differences(start, wiring), agreement) for wiring, agreement in tried.items()]
-    trials.sort(key=lambda trial: rank(trial.agreement), reverse=True)  # what was tried first stays first among equals
+        found = zip(drafters, agreements(target, list(drafters.values()), texts), strict=True)
+        tried |= {wiring: Trial(asdict(wiring), _differences(start, wiring), agreement) for wiring, agreement in found}
+        best, previous = max(tried, key=lambda wiring: tried[wiring].rank), best
+    trials = sorted(
+        tried.values(), key=lambda trial: trial.rank, reverse=True
+    )  # the first tried stays so among equals
     return tell(source, Probe(trials, load(asdict(best))))
 
 

@@ -16,6 +16,7 @@ Tensors = Mapping[str, torch.Tensor]
 Fields = Mapping[str, Any]
 
 DEFAULT_THETA = 10000.0
+THETAS = (DEFAULT_THETA, 500_000.0, 1_000_000.0, 5_000_000.0)  # that models have
 # Fields of published configs that ours have under the same name.
 SHARED_FIELDS = (
     "intermediate_size", "num_attention_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",

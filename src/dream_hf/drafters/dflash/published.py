@@ -12,6 +12,7 @@ import torch
 
 from ..published_fields import (
     DEFAULT_THETA,
+    THETAS,
     Fields,
     PublishedWiring,
     Tensors,
@@ -111,7 +112,7 @@ def alternatives(wiring: DFlashWiring, config: Fields, num_drafter_layers: int, 
         windows = dict.fromkeys((None, config.get("sliding_window")))
         changes += [{"sliding_window": window} for window in windows]
         changes += [{"is_window_anchored": each} for each in (False, True)]
-    thetas = (DEFAULT_THETA, rope_of(config).get("rope_theta"), config.get("rope_theta"), rope.get("rope_theta"))
+    thetas = (rope_of(config).get("rope_theta"), config.get("rope_theta"), rope.get("rope_theta"), *THETAS)
     return changes + [{"rope_theta": float(theta)} for theta in dict.fromkeys(thetas) if theta]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..published_fields import DEFAULT_THETA, Fields, rope_fields
+from ..published_fields import DEFAULT_THETA, THETAS, Fields, rope_fields
 from .published import Wiring, declared_ids, is_first_generation, is_from_angelslim
 
 SHIFTS = (-1, 1)  # of places in `hidden_states`: the commonest fault
@@ -44,12 +44,8 @@ def alternatives(
     text = target_config.get_text_config(decoder=True)
     target_rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
     changes: list[dict[str, Any]] = []
-    thetas = (
-        DEFAULT_THETA,
-        rope_fields(config).get("rope_theta"),
-        config.get("rope_theta"),
-        target_rope.get("rope_theta"),
-    )
+    said = (rope_fields(config).get("rope_theta"), config.get("rope_theta"), target_rope.get("rope_theta"))
+    thetas = (*said, *THETAS)
     changes += [{"rope_theta": float(theta)} for theta in dict.fromkeys(thetas) if theta]
     section = wiring.mrope_section or rope_fields(config).get("mrope_section") or target_rope.get("mrope_section")
     if section is not None and has_pictures:

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from ..agreement import agreements, write_texts
-from ..probe import NUM_TOKENS, Probe, Trial, rank, tell
+from ..probe import NUM_TOKENS, Probe, Trial, tell
 from .drafter import WIRINGS, MTPDrafter
 
 
@@ -39,5 +39,5 @@ def probe_mtp(
     ):
         changes = {name: value for name, value in wiring.items() if value != drafter.wiring[name]}
         trials.append(Trial(wiring, changes, agreement))
-    trials.sort(key=lambda trial: rank(trial.agreement), reverse=True)  # what was tried first stays first among equals
+    trials.sort(key=lambda trial: trial.rank, reverse=True)  # what was tried first stays first among equals
     return tell(source, Probe(trials, drafter.with_wiring(**trials[0].wiring)))
