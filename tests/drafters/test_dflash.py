@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
 
 import dflash_reference as reference
 import pytest
@@ -353,10 +352,8 @@ WIRED = {
 
 @pytest.mark.parametrize("case", WIRED)
 def test_the_right_wiring_is_found_by_asking_the_target(case, tmp_path):
-    layout, instead, found = WIRED[case]
-    layout = replace(
-        NAMED[layout], num_drafted=60
-    )  # with a head of its own, for the target's comes to know what follows
+    name, instead, found = WIRED[case]
+    layout = NAMED[name]
     target = family("llama").make_target()
     folder, inputs = layout.publish(tmp_path / "drafter"), family("llama").make_inputs(target)
     foretold_by(dream_hf.load_drafter(folder, target), target, inputs, levels=1, rounds=20)

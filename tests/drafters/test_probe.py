@@ -22,7 +22,7 @@ LEVELS, ROUNDS = 3, 7
 
 
 class Recall(nn.Linear):
-    """A head that knows what follows after texts whose last features it has seen."""
+    """A head that knows what follows after texts whose last features it has seen, and is itself for all other states."""
 
     def learn(self, features: torch.Tensor, token: int) -> None:
         """After `features` (H,) comes `token`."""
@@ -34,7 +34,8 @@ class Recall(nn.Linear):
         logits = torch.zeros(*hidden.shape[:-1], self.out_features, dtype=hidden.dtype)
         distances = (hidden[..., None, :] - self.seen).square().sum(-1)
         says = torch.tensor(self.tokens)[distances.argmin(-1)]
-        return logits.scatter(-1, says[..., None], 20.0)
+        is_known = distances.amin(-1, keepdim=True) < 1e-4
+        return torch.where(is_known, logits.scatter(-1, says[..., None], 20.0), super().forward(hidden))
 
 
 def foretold_by(drafter, target, inputs, levels=LEVELS, rounds=ROUNDS) -> None:

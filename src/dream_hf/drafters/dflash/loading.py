@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..checkpoint_files import check_shapes
 from ..fit import describe_target
-from ..published_fields import check_features, check_vocabulary, num_layers_of, read_fields
+from ..published_fields import check_features, check_vocabulary, read_fields
 from ..published_model import assembled
 from .drafter import DFlashDrafter
 from .published import read_config, read_wiring, refuse_unread, renamed
@@ -48,7 +48,7 @@ def load_dflash(
             raise ValueError(
                 f"it was made for a target of {fields['num_target_layers']} layers, and this one has {num_layers}"
             )
-        found = read_wiring(fields, num_layers_of(ours), num_layers).changed(wiring or {})
+        found = read_wiring(fields, ours, description).changed(wiring or {})
         check_features(ours, found.feature_layers, description)
         drafter_config = read_config(fields, ours, found, {**description, "name": None, "revision": None})
     drafter_config._name_or_path = source

@@ -35,7 +35,7 @@ def probe_dflash(
     """
     load = partial(load_dflash, source, config, placed(tensors, target), target)  # all drafters share the weights
     with refusing(source):
-        fields, num_layers = read_fields(config), num_layers_of(renamed(tensors))
-        start = read_wiring(fields, num_layers, describe_target(target.config)["num_hidden_layers"])
-    others = partial(alternatives, config=fields, num_drafter_layers=num_layers, target=target.config)
+        fields, ours = read_fields(config), renamed(tensors)
+        start = read_wiring(fields, ours, describe_target(target.config))
+    others = partial(alternatives, config=fields, num_drafter_layers=num_layers_of(ours), target=target.config)
     return probe_wirings(source, start, others, load, target, inputs, num_tokens)

@@ -17,9 +17,11 @@ from ..published_fields import (
     PublishedWiring,
     Tensors,
     layer_fields,
+    num_layers_of,
     renamed_tensors,
     rope_fields,
     rope_parameters_of,
+    rows_of,
 )
 from .configuration import DFlashConfig
 
@@ -69,23 +71,25 @@ class DFlashWiring(PublishedWiring):
     rope_theta: float = DEFAULT_THETA
 
 
-def read_wiring(config: Fields, num_drafter_layers: int, num_target_layers: int) -> DFlashWiring:
-    """What a config says, by the meanings of whoever wrote it.
+def read_wiring(config: Fields, tensors: Tensors, target: Fields) -> DFlashWiring:
+    """What a config says, by the meanings of whoever wrote it; `tensors` are by our names.
 
     z-lab and speculators both look back a window in sliding layers. z-lab's measures it from every row, in the block too;
     speculators' from the start of the block. Sliding layers are causal inside the block; z-lab's `is_causal` says it of all
     layers, speculators' `sliding_window_non_causal` takes it back.
     """
-    is_speculators = "speculators_model_type" in config
-    sliding, rope = sliding_layers(config, num_drafter_layers), rope_of(config)
+    is_speculators, num_layers = "speculators_model_type" in config, num_layers_of(tensors)
+    rows_of(tensors, "fc.weight")
+    num_features = max(tensors["fc.weight"].shape[1] // target["hidden_size"], 1)
+    sliding, rope = sliding_layers(config, num_layers), rope_of(config)
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     causal = sliding
     if is_speculators:
         causal = () if window is None or config.get("sliding_window_non_causal") else sliding
     elif config.get("is_causal") is not None:
-        causal = tuple(range(num_drafter_layers)) if config["is_causal"] else ()
+        causal = tuple(range(num_layers)) if config["is_causal"] else ()
     return DFlashWiring(
-        feature_layers(config, num_drafter_layers, num_target_layers),
+        feature_layers(config, num_features, target["num_hidden_layers"]),
         drafts_from_anchor=bool(value_of(config, "sample_from_anchor", False)),
         causal_layers=causal,
         sliding_window=window,
@@ -103,8 +107,12 @@ def alternatives(wiring: DFlashWiring, config: Fields, num_drafter_layers: int, 
     shifted += [
         (*layers[:at], layers[at] + shift, *layers[at + 1 :]) for at in range(len(layers)) for shift in (-1, 1)
     ]
+    num_target_layers = text.num_hidden_layers
+    shifted.append(even_layers(len(layers), num_target_layers))
+    if len(layers) == 3:
+        shifted.append(three_layers(num_target_layers))
     changes: list[dict[str, Any]] = [
-        {"feature_layers": each} for each in shifted if 1 <= min(each) <= max(each) <= text.num_hidden_layers
+        {"feature_layers": each} for each in shifted if 1 <= min(each) <= max(each) <= num_target_layers
     ]
     changes += [{"drafts_from_anchor": each} for each in (False, True)]
     changes += [{"causal_layers": each} for each in dict.fromkeys(((), sliding, tuple(range(num_drafter_layers))))]
@@ -116,18 +124,26 @@ def alternatives(wiring: DFlashWiring, config: Fields, num_drafter_layers: int, 
     return changes + [{"rope_theta": float(theta)} for theta in dict.fromkeys(thetas) if theta]
 
 
-def feature_layers(config: Fields, num_drafter_layers: int, num_target_layers: int) -> tuple[int, ...]:
+def feature_layers(config: Fields, num_features: int, num_target_layers: int) -> tuple[int, ...]:
     """The places in `hidden_states` that are read: speculators' count so, z-lab's count what layers put out."""
     if "speculators_model_type" in config:
         ids = config.get("aux_hidden_state_layer_ids")
-        return tuple(ids or (2, num_target_layers // 2, num_target_layers - 3))
+        return tuple(ids) if ids else three_layers(num_target_layers)
     ids = value_of(config, "target_layer_ids")
-    if ids is None and num_drafter_layers == 1:
-        ids = [num_target_layers // 2]
-    elif ids is None:  # evenly from the second to the third last but one
-        step = (num_target_layers - 4) / (num_drafter_layers - 1)
-        ids = [round(1 + index * step) for index in range(num_drafter_layers)]
-    return tuple(index + 1 for index in ids)
+    return even_layers(num_features, num_target_layers) if ids is None else tuple(index + 1 for index in ids)
+
+
+def even_layers(count: int, num_target_layers: int) -> tuple[int, ...]:
+    """Evenly from the second place to the third last but one, as z-lab's program takes them where a config names none."""
+    if count == 1:
+        return (num_target_layers // 2 + 1,)
+    step = (num_target_layers - 4) / (count - 1)
+    return tuple(round(1 + index * step) + 1 for index in range(count))
+
+
+def three_layers(num_target_layers: int) -> tuple[int, int, int]:
+    """A low, a middle and a high one, as speculators takes them."""
+    return 2, num_target_layers // 2, num_target_layers - 3
 
 
 def sliding_layers(config: Fields, num_layers: int) -> tuple[int, ...]:
