@@ -29,14 +29,14 @@ def write(folder: Path) -> None:
     from dream_hf import EagleDrafter, export_drafter
     from dream_hf.targets.target import Target
     from dream_hf.training.target_features import FeatureExtractor, LayerSelection
-    from dream_hf.training.ways import PairedWay
+    from dream_hf.training.ways import PAIRS
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     target = LlamaForCausalLM(LlamaConfig(vocab_size=104, num_hidden_layers=4, **sizes)).eval()
     target.save_pretrained(folder / "target")
     target = LlamaForCausalLM.from_pretrained(folder / "target").eval()
-    inputs, way, view = {"input_ids": torch.randint(0, 104, (1, LENGTH))}, PairedWay(), Target(target)
+    inputs, way, view = {"input_ids": torch.randint(0, 104, (1, LENGTH))}, PAIRS, Target(target)
     for name, shape in SHAPES.items():
         drafter = EagleDrafter.for_target(target, initializer_range=0.2, **shape)
         for key, weight in drafter.named_parameters():

@@ -19,11 +19,11 @@ from dream_hf.targets.target import Target
 from dream_hf.training.acceptance_metrics import AcceptanceCounts, count_chain_hits, replay_decoding
 from dream_hf.training.run import ModelDataArguments, run_training
 from dream_hf.training.target_features import FeatureExtractor, LayerSelection
-from dream_hf.training.ways import PairedWay
+from dream_hf.training.ways import PAIRS
 
 FAMILIES = ["llama", "llava_clip_llama", "qwen2_5_vl"]
 LENGTHS = [14, 6, 20]
-WAY = PairedWay()
+WAY = PAIRS
 
 
 def untrained_eagle(target, **config) -> EagleDrafter:

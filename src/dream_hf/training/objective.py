@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .losses import distribution_losses, normalize_features, smooth_l1, step_weights
 from .rollout import RolloutStep, sample_starts
 from .target_features import DrafterBatch
-from .ways import DreamWay, Way
+from .ways import DREAM, Way
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Objective:
     rollout_steps: int = 1
     rollout_decay: float = 0.8
     rollout_share: float = 1.0
-    way: Way = DreamWay()  # noqa: RUF009 - it has no state
+    way: Way = DREAM
 
     def weights(self) -> dict[str, float]:
         """Weight of each loss that counts, by the name it is logged under."""

@@ -22,7 +22,7 @@ from .arguments import DreamTrainingArguments
 from .feature_cache import fingerprint_rows, fingerprint_weights
 from .objective import Objective
 from .target_features import FeatureExtractor, LayerSelection
-from .ways import PairedWay, Way, way_of
+from .ways import PAIRS, Way, way_of
 
 logger = logging.get_logger(__name__)
 
@@ -166,10 +166,9 @@ def check_best_metric(args: DreamTrainingArguments, eval_dataset: Any) -> None:
 def make_objective(args: DreamTrainingArguments, way: Way) -> Objective:
     """The objective that the arguments describe. What EAGLE puts out is compared with no feature of the target's."""
     values = {name: getattr(args, name) for name in Objective.__dataclass_fields__ if name != "way"}
-    is_paired = isinstance(way, PairedWay)
-    if args.feature_selection == "none" or is_paired:
+    if args.feature_selection == "none" or way is PAIRS:
         values["mid_feature_loss_weight"] = 0.0
-    if is_paired:
+    if way is PAIRS:
         values["final_feature_loss_weight"] = 0.0
     return Objective(**values, way=way)
 

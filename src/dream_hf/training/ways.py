@@ -1,16 +1,12 @@
-"""How each kind of drafter goes along a text in training: what it reads of the target, and what it says step by step.
-
-B rows, K tokens, H width of the target.
-"""
+"""How each kind of drafter goes along a text in training: what it reads of the target, and what it says step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..drafters.dream.drafter import DreamDrafter
 from ..drafters.dream.state import DrafterState, DreamLevels
@@ -42,103 +38,27 @@ class Rows:
     behind: int
 
 
-class Way(Protocol):
-    """What training asks of a kind of drafter."""
+@dataclass(frozen=True)
+class Way:
+    """What training asks of a kind of drafter.
 
-    reads_placeholders: bool  # whether pictures are their placeholders' embeddings to it, and not merged ones
+    Args:
+        reads_placeholders (`bool`): Whether pictures are their placeholders' embeddings to it, and not merged ones.
+        layers: Drafter -> layers whose features a batch holds side by side, as [`Needs`] names them; the last is -1.
+        roll_out: As [`roll_out`].
+        logits: Drafter and the target's head, of what may be drafted -> from what a step says to logits of the same tokens.
+        start: Drafter and number of rows -> an empty state for a replay, which has `read`.
+        levels: A state and what it drafts with -> the levels below what it has read.
+        rows: A batch -> the same for a replay.
+    """
 
-    def layers(self, drafter: Any) -> tuple[int, ...]:
-        """Layers whose features a batch holds side by side, as [`Needs`] names them; the last is -1."""
-
-    def roll_out(
-        self,
-        drafter: nn.Module,
-        batch: DrafterBatch,
-        features: torch.Tensor,
-        num_steps: int = 1,
-        starts: torch.Tensor | None = None,
-    ) -> Iterator[RolloutStep]:
-        """As [`roll_out`]."""
-
-    def logits(self, drafter: Any, head: Logits) -> Logits:
-        """From what a step says to logits of what may be drafted; `head` is the target's, of these tokens."""
-
-    def start(self, drafter: Any, num_rows: int) -> Any:
-        """An empty state for a replay, which has `read`."""
-
-    def levels(self, state: Any, head: TargetHead) -> LevelSource:
-        """The levels below what a state has read."""
-
-    def rows(self, batch: DrafterBatch) -> Rows:
-        """The batch for a replay."""
-
-
-class DreamWay:
-    """DREAM: a token attends to the features below it."""
-
-    reads_placeholders = False
-
-    def layers(self, drafter: DreamDrafter) -> tuple[int, ...]:
-        return (-1,)
-
-    def roll_out(
-        self,
-        drafter: nn.Module,
-        batch: DrafterBatch,
-        features: torch.Tensor,
-        num_steps: int = 1,
-        starts: torch.Tensor | None = None,
-    ) -> Iterator[RolloutStep]:
-        return roll_out(drafter, batch, features, num_steps, starts)
-
-    def logits(self, drafter: DreamDrafter, head: Logits) -> Logits:
-        return head
-
-    def start(self, drafter: DreamDrafter, num_rows: int) -> DrafterState:
-        return DrafterState(drafter, num_rows)
-
-    def levels(self, state: DrafterState, head: TargetHead) -> LevelSource:
-        return DreamLevels(state, head)
-
-    def rows(self, batch: DrafterBatch) -> Rows:
-        text = batch.text
-        return Rows(text.embeds, text.features, text.positions, batch.token_ids, batch.predicts, behind=1)
-
-
-class PairedWay:
-    """EAGLE: a row is a feature and the token chosen from it."""
-
-    reads_placeholders = True
-
-    def layers(self, drafter: EagleDrafter) -> tuple[int, ...]:
-        return (*drafter.needs.layers, -1)  # of the last one losses are made, whether it is read or not
-
-    def roll_out(
-        self,
-        drafter: nn.Module,
-        batch: DrafterBatch,
-        features: torch.Tensor,
-        num_steps: int = 1,
-        starts: torch.Tensor | None = None,
-    ) -> Iterator[RolloutStep]:
-        return roll_out_pairs(drafter, batch, features, num_steps, starts)
-
-    def logits(self, drafter: EagleDrafter, head: Logits) -> Logits:
-        own: Any = drafter.lm_head or head
-        return lambda states: own(drafter.for_head(states)).float()
-
-    def start(self, drafter: EagleDrafter, num_rows: int) -> PairedState:
-        return PairedState(drafter, num_rows)
-
-    def levels(self, state: PairedState, head: TargetHead) -> LevelSource:
-        return PairedLevels(state, head)
-
-    def rows(self, batch: DrafterBatch) -> Rows:
-        text = batch.text
-        read = text.features[:, :-1, : -text.embeds.shape[-1]]
-        return Rows(
-            text.embeds[:, 1:], read, text.positions[:, :-1], batch.token_ids[:, 1:], batch.predicts[:, 1:], behind=0
-        )
+    reads_placeholders: bool
+    layers: Callable[[Any], tuple[int, ...]]
+    roll_out: Callable[..., Iterator[RolloutStep]]
+    logits: Callable[[Any, Logits], Logits]
+    start: Callable[[Any, int], Any]
+    levels: Callable[[Any, TargetHead], LevelSource]
+    rows: Callable[[DrafterBatch], Rows]
 
 
 def way_of(drafter: Any) -> Way:
@@ -148,10 +68,37 @@ def way_of(drafter: Any) -> Way:
         TypeError: It is of no kind that is.
     """
     if isinstance(drafter, DreamDrafter):
-        return DreamWay()
+        return DREAM
     if isinstance(drafter, EagleDrafter):
-        return PairedWay()
+        return PAIRS
     raise TypeError(
         f"`model` is a `{type(drafter).__name__}`; pass the drafter to train, for example `DreamDrafter.for_target(target)` "
         "or `EagleDrafter.for_target(target)`."
     )
+
+
+def _columns(batch: DrafterBatch) -> Rows:
+    text = batch.text
+    return Rows(text.embeds, text.features, text.positions, batch.token_ids, batch.predicts, behind=1)
+
+
+def _pairs(batch: DrafterBatch) -> Rows:
+    text = batch.text
+    read = text.features[:, :-1, : -text.embeds.shape[-1]]
+    return Rows(
+        text.embeds[:, 1:], read, text.positions[:, :-1], batch.token_ids[:, 1:], batch.predicts[:, 1:], behind=0
+    )
+
+
+def _read_and_last(drafter: EagleDrafter) -> tuple[int, ...]:
+    """Of the last layer losses are made, whether it is read or not."""
+    return (*drafter.needs.layers, -1)
+
+
+def _logits_of_pairs(drafter: EagleDrafter, head: Logits) -> Logits:
+    own: Any = drafter.lm_head or head
+    return lambda states: own(drafter.for_head(states)).float()
+
+
+DREAM = Way(False, lambda drafter: (-1,), roll_out, lambda drafter, head: head, DrafterState, DreamLevels, _columns)
+PAIRS = Way(True, _read_and_last, roll_out_pairs, _logits_of_pairs, PairedState, PairedLevels, _pairs)  # EAGLE
