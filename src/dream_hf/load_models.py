@@ -20,6 +20,7 @@ from .drafters.combined import CombinedDrafter
 from .drafters.detection import DFLASH, EAGLE, MTP, OUR_MODEL_TYPES, kind_of, wanted_names
 from .drafters.dflash.drafter import DFlashDrafter
 from .drafters.dflash.loading import load_dflash
+from .drafters.dflash.probe import probe_dflash
 from .drafters.dream.conversion import convert_checkpoint
 from .drafters.dream.drafter import DreamDrafter
 from .drafters.eagle.drafter import EagleDrafter
@@ -38,6 +39,10 @@ from .targets.target import Target
 
 DEMO = "demo"
 RETRIEVAL, SKIP, MODEL = "retrieval", "skip", "model:"  # drafters that are made and not loaded
+PUBLISHED: dict[str, Any] = {
+    EAGLE: (load_eagle, probe_eagle),
+    DFLASH: (load_dflash, probe_dflash),
+}  # that can be wired
 PROBE = "probe"  # a wiring that is to be found out
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways of spreading a model
 BUNDLED = {name: Path(__file__).parent / "demo" / name for name in ("target", "drafter")}  # what `DEMO` stands for
@@ -126,10 +131,10 @@ def load_drafter(
             files that `target` was loaded from.
         target (`PreTrainedModel`): The model to draft for.
         revision (`str`, *optional*): Revision of the drafter on the Hub.
-        wiring (`Mapping`, *optional*): What the config of a published EAGLE drafter leaves open or has wrong: fields of
-            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`; of an MTP head what
-            [`MTPDrafter`] takes. `"probe"` asks the target: of all wirings that the weights of an EAGLE drafter allow the one
-            that foretells 200 of its tokens best, see [`probe_drafter`].
+        wiring (`Mapping`, *optional*): What the config of a published drafter leaves open or has wrong: fields of EAGLE's
+            [`Wiring`], for example `{"feature_layers": (2, 18, 33), "norm_before_residual": True}`, or of [`DFlashWiring`]; of
+            an MTP head what [`MTPDrafter`] takes. `"probe"` asks the target: of all wirings that the weights of an EAGLE or
+            DFlash drafter allow the one that foretells 200 of its tokens best, see [`probe_drafter`].
 
     Returns:
         `Drafter`: What `target.generate(..., assistant_model=drafter)` takes.
@@ -149,15 +154,14 @@ def load_drafter(
     if found.kind is None:
         _refuse_wiring(name, wiring)
         return load_saved(name, config, target.dtype, found.revision).to(target.device).eval()
-    if found.kind == EAGLE:
+    if found.kind in PUBLISHED:
+        load, probe = PUBLISHED[found.kind]
         if isinstance(wiring, str):
-            return probe_eagle(name, config, found.tensors, target).drafter
-        return load_eagle(name, config, found.tensors, target, wiring)
+            return probe(name, config, found.tensors, target).drafter
+        return load(name, config, found.tensors, target, wiring)
     if found.kind == MTP:  # of which texts without pictures, all that "probe" has here, tell nothing more
         return load_mtp(name, config, found.tensors, target, None if isinstance(wiring, str) else wiring)
     _refuse_wiring(name, wiring)
-    if found.kind == DFLASH:
-        return load_dflash(name, config, found.tensors, target)
     with tempfile.TemporaryDirectory() as folder:
         convert_checkpoint(name, folder, revision=found.revision)
         drafter: Any = DreamDrafter.from_pretrained(folder, dtype=target.dtype)
@@ -173,7 +177,7 @@ def probe_drafter(
     revision: str | None = None,
     num_tokens: int = NUM_TOKENS,
 ) -> Probe:
-    """Ask a target how well a drafter foretells it, and of a published EAGLE drafter or an MTP head how it is to be wired.
+    """Ask a target how well a drafter foretells it, and of an EAGLE or DFlash drafter or an MTP head how it is to be wired.
 
     Of all wirings that the weights allow those are tried that differ from the best one so far in one thing, until none does
     better: which layers' features are read, where the norms are, how positions are turned, what is read of pictures.
@@ -195,8 +199,9 @@ def probe_drafter(
         TypeError: A drafter that does not grow trees level by level, and so has no log-probabilities.
     """
     found = _open(source, target, revision)
-    if found.kind == EAGLE:
-        return probe_eagle(found.name, found.config, found.tensors, target, inputs, num_tokens)
+    if found.kind in PUBLISHED:
+        _, probe = PUBLISHED[found.kind]
+        return probe(found.name, found.config, found.tensors, target, inputs, num_tokens)
     drafter = load_drafter(source, target, revision=revision)
     if isinstance(drafter, MTPDrafter):
         return probe_mtp(found.name, drafter, target, inputs, num_tokens)
@@ -268,7 +273,8 @@ def _own_files(target: Any, revision: str | None) -> tuple[str, str | None]:
 def _refuse_wiring(source: str, wiring: Mapping[str, Any] | str | None) -> None:
     if wiring:
         raise ValueError(
-            f"`wiring` ({wiring!r}) is for published EAGLE drafters and MTP heads; the config of {source!r} says all."
+            f"`wiring` ({wiring!r}) is for published EAGLE and DFlash drafters and MTP heads; the config of {source!r} says "
+            "all."
         )
 
 

@@ -17,6 +17,7 @@ from family_configs import TEXT_IDS, VOCAB_SIZE
 from lossless import assert_counts_add_up, assert_same_tokens, gains, generate, seeded_runs, stop_tokens
 from safetensors.torch import load_file, save_file
 from test_eagle import Watch
+from test_probe import foretold_by
 from test_sampling import LIMIT, PICTURE_TOKENS, p_values
 
 import dream_hf
@@ -256,8 +257,7 @@ def test_layers_are_told_by_whoever_wrote_the_config():
     assert feature_layers({}, 5, 36) == (2, 10, 18, 26, 34)
     assert feature_layers({}, 3, 8) == (2, 4, 6)
     assert feature_layers({}, 1, 8) == (5,)
-    with pytest.raises(ValueError, match="no `aux_hidden_state_layer_ids`"):
-        feature_layers({"speculators_model_type": "dflash"}, 5, 36)
+    assert feature_layers({"speculators_model_type": "dflash"}, 5, 36) == (2, 18, 33)
 
 
 BROKEN = {
@@ -315,8 +315,8 @@ def test_other_faults_are_one_line_too(publish, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="can't be read as plain tensors"):
         dream_hf.load_drafter(tmp_path, target)
-    with pytest.raises(ValueError, match=r"`wiring` .* is for published EAGLE drafters"):
-        dream_hf.load_drafter(folder, target, wiring={"rope_theta": 3.0})
+    with pytest.raises(ValueError, match="names layers; what can be said is feature_layers, drafts_from_anchor"):
+        dream_hf.load_drafter(folder, target, wiring={"layers": (1, 2, 3)})
     drafter, other = dream_hf.load_drafter(folder, target), target_of("qwen3_vl")
     with pytest.raises(ValueError, match="trained for another target"):
         generate(other, family("qwen3_vl").make_inputs(other), assistant_model=drafter)
@@ -333,4 +333,36 @@ def test_saved_and_loaded_it_says_the_same(name, publish, tmp_path):
     inputs = family("llama").make_inputs(target)
     asked = [dream_hf.draft_log_probs(target, each, inputs, 5, [7, 7]) for each in (drafter, again)]
     assert isinstance(again, DFlashDrafter) and torch.equal(*asked)
-    assert again.config.to_dict()["sliding_layers"] == drafter.config.sliding_layers
+    with pytest.raises(ValueError, match="is for published EAGLE and DFlash drafters"):
+        dream_hf.load_drafter(tmp_path, target, wiring={"rope_theta": 3.0})
+
+
+CONTAINER = {"speculators_model_type": "dflash", "aux_hidden_state_layer_ids": [1, 3]}
+WIRED = {
+    # name: the drafter as it is, what its config says instead, what is to be found
+    "layers": ("zlab-default-layers", {"target_layer_ids": [0, 1]}, {"feature_layers": (2, 1)}),
+    "a layer": ("zlab-causal", {"dflash_config": {"mask_token_id": reference.MASK, "target_layer_ids": [0, 0, 2]}},
+                {"feature_layers": (1, 2, 3)}),
+    "base": ("zlab-causal", {"rope_theta": 300.0}, {"rope_theta": 10000.0}),
+    "the anchor": ("speculators-anchored", {"sample_from_anchor": False}, {"drafts_from_anchor": True}),
+    "inside a block": ("zlab-causal", {"is_causal": None}, {"causal_layers": (0, 1)}),
+    "from where a window counts": ("zlab-sliding", CONTAINER, {"is_window_anchored": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIRED)
+def test_the_right_wiring_is_found_by_asking_the_target(case, tmp_path):
+    name, instead, found = WIRED[case]
+    layout = NAMED[name]
+    target = family("llama").make_target()
+    folder, inputs = layout.publish(tmp_path / "drafter"), family("llama").make_inputs(target)
+    foretold_by(dream_hf.load_drafter(folder, target), target, inputs, levels=1, rounds=20)
+    fields = {name: value for name, value in {**layout.fields(), **instead}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    probe = dream_hf.probe_drafter(folder, target, [inputs], num_tokens=21)
+    assert found.items() <= probe.best.wiring.items()
+    assert probe.best.agreement.gain > max(1.3, probe.trials[-1].agreement.gain)
+    assert_same_tokens(
+        generate(target, inputs, max_new_tokens=20),
+        generate(target, inputs, max_new_tokens=20, assistant_model=probe.drafter),
+    )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
+import shutil
 
 import pytest
 import torch
 from golden import MISSING, TOLERANCE, Case, cases
 from test_eagle_golden import load_target
+from test_probe import foretold_by
 from transformers.cache_utils import DynamicCache
 
 import dream_hf
@@ -129,3 +133,21 @@ def test_through_generate(case):
     assert int(said.isfinite().sum()) == logits.numel()
     behind = dream_hf.draft_log_probs(target, drafter, inputs, int(ids[length]), [5] * depth)
     assert torch.equal(behind[:-1], said) and not behind[-1].isfinite().any()
+
+
+@every_case
+def test_the_probe_finds_the_layers_that_a_config_does_not_name(case, tmp_path):
+    target = copy.deepcopy(load_target(case.target_name)).requires_grad_(False)
+    length = case.expected["prompt_length"]
+    inputs = {
+        "input_ids": case.io["input_ids"][None, :length],
+        "attention_mask": torch.ones(1, length, dtype=torch.long),
+    }
+    foretold_by(load(case)[1], target, inputs, levels=1, rounds=20)
+    shutil.copytree(case.checkpoint, tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields.pop("aux_hidden_state_layer_ids", None)
+    fields.get("dflash_config", {}).pop("target_layer_ids", None)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    probe = dream_hf.probe_drafter(tmp_path, target, [inputs], num_tokens=20)
+    assert list(probe.best.wiring["feature_layers"]) == case.expected["hs_indices"] and not probe.is_poor

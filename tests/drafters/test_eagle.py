@@ -302,7 +302,7 @@ def test_saved_and_loaded_it_says_the_same(name, publish, tmp_path):
     inputs = family("llama").make_inputs(target)
     asked = [dream_hf.draft_log_probs(target, each, inputs, 5, PATH) for each in (drafter, again)]
     assert isinstance(again, EagleDrafter) and torch.equal(*asked)
-    with pytest.raises(ValueError, match="is for published EAGLE drafters"):
+    with pytest.raises(ValueError, match="is for published EAGLE and DFlash drafters"):
         dream_hf.load_drafter(tmp_path, target, wiring={"rope_theta": 3.0})
 
 

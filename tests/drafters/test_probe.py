@@ -22,7 +22,7 @@ LEVELS, ROUNDS = 3, 7
 
 
 class Recall(nn.Linear):
-    """A head that knows what follows after texts whose last features it has seen."""
+    """A head that knows what follows after texts whose last features it has seen, and is itself for all other states."""
 
     def learn(self, features: torch.Tensor, token: int) -> None:
         """After `features` (H,) comes `token`."""
@@ -34,17 +34,18 @@ class Recall(nn.Linear):
         logits = torch.zeros(*hidden.shape[:-1], self.out_features, dtype=hidden.dtype)
         distances = (hidden[..., None, :] - self.seen).square().sum(-1)
         says = torch.tensor(self.tokens)[distances.argmin(-1)]
-        return logits.scatter(-1, says[..., None], 20.0)
+        is_known = distances.amin(-1, keepdim=True) < 1e-4
+        return torch.where(is_known, logits.scatter(-1, says[..., None], 20.0), super().forward(hidden))
 
 
-def foretold_by(drafter, target, inputs) -> None:
+def foretold_by(drafter, target, inputs, levels=LEVELS, rounds=ROUNDS) -> None:
     """Let the target write what the drafter says, some levels ahead each time: on the target's features, then on its own."""
     head = Recall(target.lm_head.in_features, target.lm_head.out_features, bias=False, dtype=target.dtype)
     head.weight = target.lm_head.weight
     text, tokens = dict(inputs), [5]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         path: list[int] = []
-        for _ in range(LEVELS):
+        for _ in range(levels):
             said = dream_hf.draft_log_probs(target, drafter, text, tokens[-1], path)
             path.append(int(said[-1].argmax()))
         tokens += path

@@ -10,7 +10,9 @@ from typing import Any
 
 from .options import add_json, add_models, load, quiet, whole_number
 
-HELP = "Ask a target how well a drafter foretells it, and how a published EAGLE drafter or an MTP head is to be wired."
+HELP = (
+    "Ask a target how well a drafter foretells it, and how an EAGLE or DFlash drafter or an MTP head is to be wired."
+)
 EXAMPLE = "dream-hf probe demo --target demo --num-tokens 60"
 PROMPTS_OF_A_TASK = 8
 

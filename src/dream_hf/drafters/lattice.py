@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -83,7 +84,7 @@ def _best_paths(
 ) -> _Paths:
     """Of each depth the `tree_size` best paths, best first: whatever is among the best of all is one of these."""
     found, top_k = _Paths(), tokens.shape[2]
-    ends = torch.tensor(sorted(end_ids), dtype=tokens.dtype, device=tokens.device)
+    ends = _ends(end_ids, tokens.device)
     above = log_probs.new_zeros(tokens.shape[0], 1)
     for depth in range(tokens.shape[1]):
         scores = (above[..., None] + log_probs[:, depth, None]).flatten(1)  # (B, n * k)
@@ -98,3 +99,9 @@ def _best_paths(
             reached = above[:, : settings.tree_top_k].exp().sum(-1, keepdim=True)
             above = above.masked_fill(reached < settings.tree_min_level_probability, -math.inf)
     return found
+
+
+@lru_cache(maxsize=64)
+def _ends(end_ids: frozenset[int], device: torch.device) -> torch.Tensor:
+    """The same as a tensor (n,), which crosses over to the device once."""
+    return torch.tensor(sorted(end_ids), dtype=torch.long).to(device)

@@ -79,7 +79,7 @@ def first_level(
     head: TargetHead, root_features: torch.Tensor, lengths: torch.Tensor, num_columns: int, top_k: int
 ) -> SlotLevel:
     """The likeliest tokens below the root, from its features (B, 1, H), in rows of `lengths` (B,) verified tokens."""
-    return level_below_root(*_top_of(head, root_features, top_k), root_features, lengths, num_columns)
+    return level_below_root(*likeliest_of(head, root_features, top_k), root_features, lengths, num_columns)
 
 
 def level_below_root(
@@ -97,7 +97,7 @@ def level_below_root(
 
 def next_level(head: TargetHead, beams: Beams, hidden: torch.Tensor, top_k: int) -> SlotLevel:
     """The children of `beams`, whose features are `hidden` (B, m, H), `top_k` of each."""
-    return level_below(beams, *_top_of(head, hidden, top_k), hidden)
+    return level_below(beams, *likeliest_of(head, hidden, top_k), hidden)
 
 
 def level_below(beams: Beams, scores: torch.Tensor, tokens: torch.Tensor, hidden: torch.Tensor) -> SlotLevel:
@@ -123,7 +123,7 @@ def top_log_probs(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch
     return scores, tokens
 
 
-def _top_of(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from features (B, n, H), relative to what may be drafted, on their device."""
+def likeliest_of(head: TargetHead, features: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from features (B, n, H), as token ids, relative to what may be drafted; on the features' device."""
     scores, tokens = (part.to(features.device) for part in top_log_probs(head.logits(features), top_k))
     return scores, tokens if head.token_ids is None else head.token_ids[tokens]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers.utils import logging
@@ -91,3 +91,64 @@ def tell(source: str, probe: Probe) -> Probe:
             "is wired, and will gain little. Was it made for this very target?"
         )
     return probe
+
+
+def probe_wirings(
+    source: str,
+    start: Any,
+    alternatives: Callable[[Any], Sequence[Mapping[str, Any]]],
+    load: Callable[[Mapping[str, Any]], Drafter],
+    target: Any,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
+    num_tokens: int = NUM_TOKENS,
+) -> Probe:
+    """Try the wirings that the weights allow, one change at a time from the best one so far, until none does better.
+
+    Args:
+        source (`str`): Where the checkpoint comes from, for messages.
+        start (`PublishedWiring`): As its config says.
+        alternatives (`Callable`): Changes of a wiring that are worth trying.
+        load (`Callable`): From a whole wiring, field by field, to a drafter; a `ValueError` where weights or target do not
+            allow it.
+        target, inputs, num_tokens: As for [`write_texts`].
+
+    Raises:
+        ValueError: As [`write_texts`], or as `load` where no wiring is allowed.
+    """
+    tried: dict[Any, Trial] = {}
+    texts = None
+    best, previous = start, None
+    while best != previous:
+        wirings = dict.fromkeys((best, *(replace(best, **change) for change in alternatives(best))))
+        drafters = _loaded(load, [wiring for wiring in wirings if wiring not in tried])
+        texts = texts or write_texts(target, inputs, num_tokens)  # not before something could be loaded
+        found = zip(drafters, agreements(target, list(drafters.values()), texts), strict=True)
+        tried |= {wiring: Trial(asdict(wiring), _differences(start, wiring), agreement) for wiring, agreement in found}
+        best, previous = max(tried, key=lambda wiring: tried[wiring].rank), best
+    trials = sorted(
+        tried.values(), key=lambda trial: trial.rank, reverse=True
+    )  # the first tried stays so among equals
+    return tell(source, Probe(trials, load(asdict(best))))
+
+
+def _loaded(load: Callable[[Mapping[str, Any]], Drafter], wirings: Sequence[Any]) -> dict[Any, Drafter]:
+    """Drafters by wiring, of those that the weights and the target allow.
+
+    Raises:
+        ValueError: Not one is allowed; why the first is not.
+    """
+    drafters: dict[Any, Drafter] = {}
+    reasons = []
+    for wiring in wirings:
+        try:
+            drafters[wiring] = load(asdict(wiring))
+        except ValueError as error:
+            reasons.append(error)
+    if reasons and not drafters:
+        raise reasons[0]
+    return drafters
+
+
+def _differences(start: Any, wiring: Any) -> dict[str, Any]:
+    before = asdict(start)
+    return {name: value for name, value in asdict(wiring).items() if value != before[name]}

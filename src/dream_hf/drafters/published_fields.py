@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 
@@ -15,11 +16,34 @@ Tensors = Mapping[str, torch.Tensor]
 Fields = Mapping[str, Any]
 
 DEFAULT_THETA = 10000.0
+THETAS = (DEFAULT_THETA, 500_000.0, 1_000_000.0, 5_000_000.0)  # that models have
 # Fields of published configs that ours have under the same name.
 SHARED_FIELDS = (
     "intermediate_size", "num_attention_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PublishedWiring:
+    """What a checkpoint leaves open, so that one file's weights can be read in several ways.
+
+    Args:
+        feature_layers (`tuple[int, ...]`): Which of the target's `hidden_states` are read.
+    """
+
+    feature_layers: tuple[int, ...]
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """The same but for `changes`.
+
+        Raises:
+            ValueError: A name that is none of its fields.
+        """
+        names = [field.name for field in fields(self)]
+        if unknown := sorted(changes.keys() - set(names)):
+            raise ValueError(f"`wiring` names {', '.join(unknown)}; what can be said is {', '.join(names)}.")
+        return replace(self, **changes)
 
 
 def read_fields(config: Fields) -> dict[str, Any]:
@@ -93,7 +117,7 @@ def layer_fields(config: Fields, tensors: Tensors, target: Fields) -> dict[str, 
         "vocab_size": target["vocab_size"],
         "hidden_size": hidden,
         "target_hidden_size": target["hidden_size"],
-        "num_hidden_layers": 1 + max(int(found[1]) for name in keys if (found := re.match(r"layers\.(\d+)\.", name))),
+        "num_hidden_layers": num_layers_of(tensors),
         "num_key_value_heads": _share(key, head_dim, "k_proj", "`head_dim`"),
         "head_dim": head_dim,
         "attention_bias": "layers.0.self_attn.q_proj.bias" in keys,
@@ -106,6 +130,12 @@ def layer_fields(config: Fields, tensors: Tensors, target: Fields) -> dict[str, 
         "draft_vocab_size": None if ids is None else len(ids),
         "target": dict(target),
     }
+
+
+def num_layers_of(tensors: Tensors) -> int:
+    """How many layers there are, by the names of tensors."""
+    indices = [int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))]
+    return 1 + max(indices, default=-1)
 
 
 def check_vocabulary(config: Fields, tensors: Tensors, target: Fields) -> None:

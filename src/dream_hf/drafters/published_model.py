@@ -30,10 +30,14 @@ def assembled(drafter_class: Any, config: Any, tensors: Mapping[str, torch.Tenso
     """A [`PublishedModel`] of these tensors on the target's device, made without weights that would be thrown away."""
     with torch.device("meta"):
         drafter: Any = drafter_class(config)
-    placed = {
+    drafter.load_state_dict(placed(tensors, target), assign=True)
+    drafter.rotary_emb = LlamaRotaryEmbedding(config).to(target.device)
+    return drafter.requires_grad_(False).eval()
+
+
+def placed(tensors: Mapping[str, torch.Tensor], target: Any) -> dict[str, torch.Tensor]:
+    """The same tensors on the target's device, those of floating point in its dtype."""
+    return {
         name: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
         for name, tensor in tensors.items()
     }
-    drafter.load_state_dict(placed, assign=True)
-    drafter.rotary_emb = LlamaRotaryEmbedding(config).to(target.device)
-    return drafter.requires_grad_(False).eval()

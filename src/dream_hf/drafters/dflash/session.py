@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...decoding.drafter import Prefill
+from ...decoding.drafter import Prefill, Verified
 from ...decoding.settings import DraftSettings
 from ...decoding.tree import DraftTree
 from ...runtime.alignment import left_aligned
@@ -23,10 +23,8 @@ from ...runtime.threads import cpu_threads
 from ...targets.target import LogitRule
 from ..lattice import tree_of_lattice
 from ..lazy_session import LazySession
-from ..levels import TargetHead, top_log_probs
+from ..levels import TargetHead, likeliest_of
 from ..pending import PendingTokens
-
-NO_TOKENS = -math.inf  # the log-probability of what a lattice has no depth for
 
 
 class ContextState:
@@ -90,20 +88,14 @@ class LatticeLevels:
 
     def _level(self, depth: int, above: torch.Tensor, top_k: int) -> LatticeLevel:
         if depth < self.states.shape[1]:
-            tokens, scores = marginals(self.head, self.states[:, depth : depth + 1], top_k)
+            scores, tokens = likeliest_of(self.head, self.states[:, depth : depth + 1], top_k)
         else:  # nothing is said of what lies behind the block
-            tokens, scores = marginals(self.head, self.states[:, :1], top_k)
-            scores = torch.full_like(scores, NO_TOKENS)
+            scores, tokens = likeliest_of(self.head, self.states[:, :1], top_k)
+            scores = torch.full_like(scores, -math.inf)
         scores = (above[..., None] + scores).flatten(1)
         tokens = tokens.expand(-1, above.shape[1], -1).flatten(1)
         best_scores, best = scores.topk(top_k, dim=-1)
         return LatticeLevel(tokens, scores, best, tokens.gather(1, best), best_scores)
-
-
-def marginals(head: TargetHead, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A lattice of states (B, D, H): the `top_k` likeliest tokens of each depth and their log-probabilities, (B, D, k) each."""
-    log_probs, tokens = top_log_probs(head.logits(states), top_k)
-    return (tokens if head.token_ids is None else head.token_ids[tokens]), log_probs
 
 
 class DFlashSession(LazySession):
@@ -133,6 +125,12 @@ class DFlashSession(LazySession):
         with phase(DRAFTER):
             self.state.read(features, counts.tolist())
 
+    def read(self, verified: Verified) -> None:
+        super().read(verified)
+        tokens, counts = verified.tokens.to(self.roots.device), Counts.of(verified.counts)
+        last = tokens.gather(1, counts.less(1).on(tokens.device)[:, None])
+        self.roots = torch.where(counts.on(tokens.device)[:, None] > 0, last, self.roots)
+
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         self.roots, settings = root_tokens.to(self.drafter.device), self.settings
         depth = min(settings.tree_depth, self.drafter.config.num_drafted, *([] if max_depth is None else [max_depth]))
@@ -140,7 +138,7 @@ class DFlashSession(LazySession):
             return DraftTree.chain(self.roots)
         with cpu_threads(settings.draft_threads):
             with phase(DRAFTER):
-                tokens, log_probs = marginals(self.head, self.levels().states[:, :depth], settings.tree_top_k)
+                log_probs, tokens = likeliest_of(self.head, self.levels().states[:, :depth], settings.tree_top_k)
             with phase(GROWTH):
                 return tree_of_lattice(self.roots, tokens, log_probs, settings, self.head.ends)
 

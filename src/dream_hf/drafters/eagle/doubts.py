@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from ..published_fields import DEFAULT_THETA, Fields, rope_fields
+from ..published_fields import DEFAULT_THETA, THETAS, Fields, rope_fields
 from .published import Wiring, declared_ids, is_first_generation, is_from_angelslim
 
-THETAS = (DEFAULT_THETA, 500_000.0, 1_000_000.0, 5_000_000.0)  # that models have
 SHIFTS = (-1, 1)  # of places in `hidden_states`: the commonest fault
 
 
@@ -67,6 +65,4 @@ def alternatives(
         changes += [{"has_final_norm": False, "is_feedback_normed": False}]
         if has_pictures and wiring.image_rows in ("token", "merged"):
             changes += [{"image_rows": each} for each in ("token", "merged")]
-    others = {replace(wiring, **change): change for change in changes}
-    others.pop(wiring, None)
-    return list(others.values())
+    return changes

@@ -7,8 +7,7 @@ Automodel, ModelOpt. The weights decide wherever they can; what neither they nor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from ..published_fields import (
     DEFAULT_THETA,
     Fields,
+    PublishedWiring,
     Tensors,
     layer_fields,
     renamed_tensors,
@@ -31,11 +31,10 @@ VISPEC_NAMES = {
 
 
 @dataclass(frozen=True)
-class Wiring:
-    """What a checkpoint leaves open, and one file's weights can be read both ways.
+class Wiring(PublishedWiring):
+    """What an EAGLE checkpoint leaves open, see [`PublishedWiring`].
 
     Args:
-        feature_layers (`tuple[int, ...]`): Which of the target's `hidden_states` are read.
         norm_before_residual (`bool`): As in [`EagleConfig`].
         has_final_norm (`bool`): As in [`EagleConfig`].
         is_feedback_normed (`bool`): As in [`EagleConfig`].
@@ -45,7 +44,6 @@ class Wiring:
         image_rows (`str`): As in [`EagleConfig`].
     """
 
-    feature_layers: tuple[int, ...]
     norm_before_residual: bool = False
     has_final_norm: bool = True
     is_feedback_normed: bool = False
@@ -53,17 +51,6 @@ class Wiring:
     mrope_section: tuple[int, ...] | None = None
     is_mrope_interleaved: bool = False
     image_rows: str = "token"
-
-    def changed(self, changes: Mapping[str, Any]) -> Wiring:
-        """The same but for `changes`.
-
-        Raises:
-            ValueError: A name that is none of the above.
-        """
-        names = [field.name for field in fields(self)]
-        if unknown := sorted(changes.keys() - set(names)):
-            raise ValueError(f"`wiring` names {', '.join(unknown)}; what can be said is {', '.join(names)}.")
-        return replace(self, **changes)
 
 
 def refuse_unread(config: Fields) -> None:
