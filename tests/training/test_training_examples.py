@@ -18,7 +18,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_recipe_is_read(path):
     given, args = parse([str(path), "--bf16", "false", "--use_cpu", "true", "--report_to", "none"])
     assert given.eval_dataset and args.metric_for_best_model == "eval_tau" and args.load_best_model_at_end
-    assert args.save_steps == args.eval_steps and args.learning_rate == 3e-5
+    assert args.save_steps == args.eval_steps and args.learning_rate == (
+        5e-5 if given.drafter_type == "eagle3" else 3e-5
+    )
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
