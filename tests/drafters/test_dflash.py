@@ -23,6 +23,7 @@ from test_sampling import LIMIT, PICTURE_TOKENS, p_values
 import dream_hf
 from dream_hf import DFlashDrafter
 from dream_hf.compat import CACHE, cache_of
+from dream_hf.decoding.drafter import Prefill
 from dream_hf.drafters.dflash.loading import load_dflash
 from dream_hf.drafters.dflash.published import feature_layers
 from dream_hf.drafters.dflash.session import ContextState
@@ -144,6 +145,17 @@ def test_trees_of_a_ragged_batch_are_the_reference_s(layout, name, publish):
     watch = Watch(drafter_for(layout, name, publish, **settings))
     out = generate(target, family(name).collate(rows), max_new_tokens=10, assistant_model=watch)
     assert check_trees(watch, target, layout, out, rows, settings) >= 12
+
+
+def test_what_padding_has_is_not_read(publish):
+    target, layout = target_of("llama"), NAMED["zlab"]
+    drafter, inputs = drafter_for(layout, "llama", publish), family("llama").make_inputs(target, 4, text_len=20)
+    states = target(**inputs, output_hidden_states=True).hidden_states
+    real = inputs["attention_mask"].bool()
+    features = torch.cat([states[index] for index in layout.layers], dim=-1).masked_fill(~real[..., None], torch.nan)
+    prefill = Prefill(Target(target), inputs["input_ids"], real, ~real, torch.tensor([[5]] * 4), features=features)
+    tree = drafter.start(prefill, drafter.settings).draft(prefill.first_tokens)
+    assert tree.num_nodes == 33 and tree.log_probs.isfinite().all()
 
 
 # --- generate ---

@@ -63,7 +63,7 @@ def start_session(case: Case, padding=0):
         real=torch.arange(padding + length)[None] >= padding,
         is_visual=torch.zeros(1, padding + length).bool(),
         first_tokens=ids[:, length : length + 1],
-        features=pad(features_of(case, drafter, 0, length), (0, 0, padding, 0), value=7.0),
+        features=pad(features_of(case, drafter, 0, length), (0, 0, padding, 0), value=torch.nan),
     )
     return drafter.start(prefill, drafter.settings)
 

@@ -118,9 +118,15 @@ class DFlashSession(LazySession):
             self._catch_up()
         else:
             self.state, self.pending = ContextState(drafter, len(self.roots)), PendingTokens()
+        self._read_prompt(prefill)
+
+    def _read_prompt(self, prefill: Prefill) -> None:
+        """Read a prompt's features; what padding has, be it NaN, is not kept: it would lie behind shorter rows."""
         assert prefill.features is not None  # the drafter needs them
-        features = prefill.features
-        order, counts = left_aligned(prefill.real[:, -features.shape[1] :].to(features.device))
+        num_new, device = prefill.features.shape[1], prefill.features.device
+        real = prefill.real[:, -num_new:].to(device)
+        order, counts = left_aligned(real)
+        features = prefill.features.masked_fill(~real[..., None], 0.0)
         features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
         with phase(DRAFTER):
             self.state.read(features, counts.tolist())
