@@ -25,16 +25,18 @@ class Trial:
         wiring (`dict`): All of it, fields of [`Wiring`]; nothing where there is nothing to tell.
         changes (`dict`): Where it differs from what the config says.
         agreement (`Agreement`): How well it foretells the target.
+        num_changes (`int`): How many things are different: one may be said by several fields.
     """
 
     wiring: dict[str, Any]
     changes: dict[str, Any]
     agreement: Agreement
+    num_changes: int = 0
 
     @property
     def rank(self) -> tuple[float, int, float]:
         """What makes a wiring better: tokens that are gained; in a draw fewer changes, then the probability of the target's."""
-        return round(self.agreement.gain, 2), -len(self.changes), self.agreement.log_prob
+        return round(self.agreement.gain, 2), -self.num_changes, self.agreement.log_prob
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ def probe_wirings(
         wirings = dict.fromkeys((best, *(replace(best, **change) for change in alternatives(best))))
         drafters = _loaded(load, [wiring for wiring in wirings if wiring not in tried])
         texts = texts or write_texts(target, inputs, num_tokens)  # not before something could be loaded
-        found = zip(drafters, agreements(target, list(drafters.values()), texts), strict=True)
-        tried |= {wiring: Trial(asdict(wiring), _differences(start, wiring), agreement) for wiring, agreement in found}
+        num_changes = tried[best].num_changes if best in tried else 0
+        for wiring, agreement in zip(drafters, agreements(target, list(drafters.values()), texts), strict=True):
+            changes = _differences(start, wiring)
+            tried[wiring] = Trial(asdict(wiring), changes, agreement, num_changes + (wiring != best))
         best, previous = max(tried, key=lambda wiring: tried[wiring].rank), best
     trials = sorted(
         tried.values(), key=lambda trial: trial.rank, reverse=True

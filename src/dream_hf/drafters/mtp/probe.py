@@ -38,6 +38,6 @@ def probe_mtp(
         wirings, agreements(target, drafters, write_texts(target, inputs, num_tokens)), strict=True
     ):
         changes = {name: value for name, value in wiring.items() if value != drafter.wiring[name]}
-        trials.append(Trial(wiring, changes, agreement))
+        trials.append(Trial(wiring, changes, agreement, len(changes)))
     trials.sort(key=lambda trial: trial.rank, reverse=True)  # what was tried first stays first among equals
     return tell(source, Probe(trials, drafter.with_wiring(**trials[0].wiring)))
