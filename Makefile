@@ -1,4 +1,4 @@
-.PHONY: demo test test-oldest test-web style quality release-check
+.PHONY: demo test test-oldest test-web style quality docs release-check
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -44,6 +44,15 @@ quality: .venv/installed  ## What must be clean before a commit
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/mypy
+
+.venv-docs/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt $$($(PYTHON) -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: .venv-docs/installed  ## Build the documentation as a site in site/, and check its links and anchors (no torch needed)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 RELEASE := .venv-release
 
