@@ -233,6 +233,26 @@ def test_bench(folders, tmp_path, capsys):
     assert "| rows | dream_tree |" in capsys.readouterr().out
 
 
+def test_bench_of_drafters_of_other_kinds(folders, tmp_path):
+    target, drafter = (str(folder) for folder in folders[:2])
+    arguments = [
+        "--tasks",
+        "scene",
+        "--num-prompts",
+        "1",
+        "--temperatures",
+        "0",
+        "--max-new-tokens",
+        "4",
+        "--warmup",
+        "1",
+    ]
+    arguments += ["--no-plots", "--also", f"both=retrieval+{drafter}", "--methods", "plain", "--output", str(tmp_path)]
+    assert main(["bench", "--target", target, "--drafter", "retrieval", *arguments]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["plain", "retrieval_tree", "both"]
+
+
 def test_bench_refuses_in_one_line_before_anything_is_loaded(tmp_path, capsys):
     bench = ["bench", "--target", str(tmp_path / "never-looked-at"), "--output", str(tmp_path / "out")]
     assert "`--methods` has ['dream_tre']; there are ['plain'," in refusal_in_one_line(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import tuning
-from .options import DRAFTERS, add_models, load_dream, whole_number
+from .options import DRAFTERS, add_models, load, whole_number
 
 HELP = "Compare ways of decoding side by side on the same prompts: results.json, a table and plots."
 EXAMPLE = (
@@ -22,7 +24,7 @@ NUM_PROMPTS, MAX_NEW_TOKENS = 50, 500
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dream-hf bench`."""
-    add_models(parser, drafter='folder or Hub id of the drafter; "demo" is the bundled one')
+    add_models(parser, drafter=f"{DRAFTERS}; one that is not DREAM's is a method of its own, eagle_tree for instance")
     parser.add_argument("--assistant", help="a small model for the methods assisted and model")
     parser.add_argument(
         "--also",
@@ -89,6 +91,11 @@ def named_drafter(text: str) -> tuple[str, str]:
     return name, drafter
 
 
+def method_name(drafter: Any) -> str:
+    """What the method of a drafter is called that is not DREAM's: `eagle_tree` for instance."""
+    return f"{type(drafter.plain).__name__.removesuffix('Drafter').lower()}_tree"
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure, write the results and show the table."""
     import torch
@@ -96,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
     from ..benchmark import METHODS as KNOWN
     from ..benchmark import Settings, load_prompts, make_methods, run_benchmark
     from ..benchmark.report import render
+    from ..drafters.dream.drafter import DreamDrafter
     from ..load_models import load_models, make_drafter
 
     tuning.check(args)
@@ -117,7 +125,10 @@ def run(args: argparse.Namespace) -> None:
     prompts = [
         prompt for task in args.tasks for prompt in load_prompts(task, args.num_prompts or NUM_PROMPTS, args.seed)
     ]
-    models = load_dream(args)
+    models, further = load(args), {}
+    if models.drafter is not None and not isinstance(models.drafter, DreamDrafter):
+        further[method_name(models.drafter)] = models.drafter
+        models = replace(models, drafter=None)
     assistant = None
     if args.assistant is not None:
         assistant = load_models(args.assistant, dtype=args.dtype, device=args.device).target
@@ -126,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         names = args.methods  # asked for by name: say what is missing
     if assistant is not None and not {"assisted", "model"} & set(names):
         names = [*names, "assisted"]
-    further = {name: make_drafter(drafter, models) for name, drafter in args.also}
+    further |= {name: make_drafter(drafter, models) for name, drafter in args.also}
     methods = make_methods(
         names, models.target, models.drafter, assistant, args.trees, args.keep_ratios, args.blind, further
     )

@@ -92,8 +92,8 @@ def load_dream(args: argparse.Namespace) -> Any:
     models = load(args)
     if models.drafter is not None and not isinstance(models.drafter, DreamDrafter):
         raise ValueError(
-            f"`--drafter` ({args.drafter!r}) is a `{type(models.drafter).__name__}`, and this command measures DREAM drafters "
-            "only. `dream-hf generate` and `dream-hf demo` take any."
+            f"`--drafter` ({args.drafter!r}) is a `{type(models.drafter).__name__}`, and `--tune` measures DREAM drafters "
+            "only; without it any are measured."
         )
     return models
 
