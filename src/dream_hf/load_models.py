@@ -149,7 +149,11 @@ def load_drafter(
             f"`wiring` ({wiring!r}) must be a mapping of names to values, {PROBE!r} to ask the target, or None to go "
             "by the config."
         )
-    found = _open(source, target, revision)
+    return _drafter_of(_open(source, target, revision), target, wiring)
+
+
+def _drafter_of(found: _Checkpoint, target: Any, wiring: Mapping[str, Any] | str | None = None) -> Any:
+    """The drafter that an open checkpoint holds."""
     name, config = found.name, found.config
     if found.kind is None:
         _refuse_wiring(name, wiring)
@@ -202,7 +206,7 @@ def probe_drafter(
     if found.kind in PUBLISHED:
         _, probe = PUBLISHED[found.kind]
         return probe(found.name, found.config, found.tensors, target, inputs, num_tokens)
-    drafter = load_drafter(source, target, revision=revision)
+    drafter = _drafter_of(found, target)
     if isinstance(drafter, MTPDrafter):
         return probe_mtp(found.name, drafter, target, inputs, num_tokens)
     return probe_as_it_is(found.name, drafter, target, inputs, num_tokens)

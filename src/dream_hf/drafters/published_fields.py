@@ -66,6 +66,18 @@ def rope_parameters_of(rope: Fields, theta: float) -> dict[str, Any]:
     return {**rope, "rope_type": kind, "rope_theta": theta}
 
 
+def other_bases(rope: Fields, config: Fields, text_config: Any) -> list[dict[str, Any]]:
+    """Changes of a wiring to rotary bases: what a config (`rope` is a part of it) or the target says, and usual ones."""
+    target_rope = getattr(text_config, "rope_parameters", None) or {}
+    said = (rope.get("rope_theta"), config.get("rope_theta"), target_rope.get("rope_theta"))
+    return [{"rope_theta": float(theta)} for theta in dict.fromkeys((*said, *THETAS)) if theta]
+
+
+def three_layers(num_target_layers: int) -> tuple[int, int, int]:
+    """A low, a middle and a high place in `hidden_states`, as EAGLE-3's authors and speculators take them."""
+    return 2, num_target_layers // 2, num_target_layers - 3
+
+
 def renamed_tensors(tensors: Tensors, our_name: Callable[[str], str]) -> dict[str, torch.Tensor]:
     """The same tensors by our names; `d2t` becomes token ids, and rotary frequencies, which follow from the config, go.
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from .checkpoint_files import check_shapes
 from .pretrained import StrictPreTrainedModel
+
+REMEDY = "Get the checkpoint again; if it is whole, it is of a kind that is not read."
 
 
 class PublishedModel(StrictPreTrainedModel):
@@ -26,8 +31,29 @@ class PublishedModel(StrictPreTrainedModel):
     push_to_hub = PreTrainedModel.push_to_hub  # type: ignore[assignment]
 
 
-def assembled(drafter_class: Any, config: Any, tensors: Mapping[str, torch.Tensor], target: Any) -> Any:
-    """A [`PublishedModel`] of these tensors on the target's device, made without weights that would be thrown away."""
+@contextmanager
+def refusing(source: str, verdict: str) -> Iterator[None]:
+    """Make one line, which names the checkpoint, of whatever is wrong with its config or tensors while in the block.
+
+    Args:
+        source (`str`): Where it comes from.
+        verdict (`str`): What it then turns out to be, `"is no EAGLE drafter"` for instance.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{source!r} {verdict} for this target: {error}.".replace("..", ".")) from error
+
+
+def assembled(source: str, drafter_class: Any, config: Any, tensors: Mapping[str, torch.Tensor], target: Any) -> Any:
+    """A [`PublishedModel`] of these tensors on the target's device, made without weights that would be thrown away.
+
+    Raises:
+        ValueError: Tensors that are missing, unknown or of another shape than the config says.
+    """
+    config._name_or_path = source
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(source, shapes, drafter_class.expected_shapes(config), REMEDY)
     with torch.device("meta"):
         drafter: Any = drafter_class(config)
     drafter.load_state_dict(placed(tensors, target), assign=True)

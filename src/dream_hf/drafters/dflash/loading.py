@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
-from ..checkpoint_files import check_shapes
 from ..fit import describe_target
 from ..published_fields import check_features, check_vocabulary, read_fields
-from ..published_model import assembled
+from ..published_model import assembled, refusing
 from .drafter import DFlashDrafter
 from .published import read_config, read_wiring, refuse_unread, renamed
 
-REMEDY = "Get the checkpoint again; if it is whole, it is of a kind that is not read."
+VERDICT = "is no DFlash drafter"
 
 
 def load_dflash(
@@ -38,7 +34,7 @@ def load_dflash(
         ValueError: Tensors that are missing, unknown or of another shape, or another target than they were made for.
     """
     description = describe_target(target.config)
-    with refusing(source):
+    with refusing(source, VERDICT):
         fields = read_fields(config)
         refuse_unread(fields)
         ours = renamed(tensors)
@@ -51,16 +47,4 @@ def load_dflash(
         found = read_wiring(fields, ours, description).changed(wiring or {})
         check_features(ours, found.feature_layers, description)
         drafter_config = read_config(fields, ours, found, {**description, "name": None, "revision": None})
-    drafter_config._name_or_path = source
-    shapes = {name: tensor.shape for name, tensor in ours.items()}
-    check_shapes(source, shapes, DFlashDrafter.expected_shapes(drafter_config), REMEDY)
-    return assembled(DFlashDrafter, drafter_config, ours, target)
-
-
-@contextmanager
-def refusing(source: str) -> Iterator[None]:
-    """Make one line, which names the checkpoint, of whatever is wrong with its config or tensors while in the block."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{source!r} is no DFlash drafter for this target: {error}.".replace("..", ".")) from error
+    return assembled(source, DFlashDrafter, drafter_config, ours, target)

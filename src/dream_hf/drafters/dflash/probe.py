@@ -9,8 +9,8 @@ from typing import Any
 from ..fit import describe_target
 from ..probe import NUM_TOKENS, Probe, probe_wirings
 from ..published_fields import num_layers_of, read_fields
-from ..published_model import placed
-from .loading import load_dflash, refusing
+from ..published_model import placed, refusing
+from .loading import VERDICT, load_dflash
 from .published import alternatives, read_wiring, renamed
 
 
@@ -34,7 +34,7 @@ def probe_dflash(
         ValueError: As [`load_dflash`] and [`probe_wirings`].
     """
     load = partial(load_dflash, source, config, placed(tensors, target), target)  # all drafters share the weights
-    with refusing(source):
+    with refusing(source, VERDICT):
         fields, ours = read_fields(config), renamed(tensors)
         start = read_wiring(fields, ours, describe_target(target.config))
     others = partial(alternatives, config=fields, num_drafter_layers=num_layers_of(ours), target=target.config)

@@ -12,16 +12,17 @@ import torch
 
 from ..published_fields import (
     DEFAULT_THETA,
-    THETAS,
     Fields,
     PublishedWiring,
     Tensors,
     layer_fields,
     num_layers_of,
+    other_bases,
     renamed_tensors,
     rope_fields,
     rope_parameters_of,
     rows_of,
+    three_layers,
 )
 from .configuration import DFlashConfig
 
@@ -102,7 +103,6 @@ def alternatives(wiring: DFlashWiring, config: Fields, num_drafter_layers: int, 
     """Changes of a wiring, one thing at a time, with which the same weights can be read; `target` is the target's config."""
     layers, sliding = wiring.feature_layers, sliding_layers(config, num_drafter_layers)
     text = target.get_text_config(decoder=True)
-    rope = getattr(text, "rope_parameters", None) or {}
     shifted = [tuple(layer + shift for layer in layers) for shift in (-1, 1)]
     shifted += [
         (*layers[:at], layers[at] + shift, *layers[at + 1 :]) for at in range(len(layers)) for shift in (-1, 1)
@@ -120,8 +120,7 @@ def alternatives(wiring: DFlashWiring, config: Fields, num_drafter_layers: int, 
         windows = dict.fromkeys((None, config.get("sliding_window")))
         changes += [{"sliding_window": window} for window in windows]
         changes += [{"is_window_anchored": each} for each in (False, True)]
-    thetas = (rope_of(config).get("rope_theta"), config.get("rope_theta"), rope.get("rope_theta"), *THETAS)
-    return changes + [{"rope_theta": float(theta)} for theta in dict.fromkeys(thetas) if theta]
+    return changes + other_bases(rope_of(config), config, text)
 
 
 def feature_layers(config: Fields, num_features: int, num_target_layers: int) -> tuple[int, ...]:
@@ -139,11 +138,6 @@ def even_layers(count: int, num_target_layers: int) -> tuple[int, ...]:
         return (num_target_layers // 2 + 1,)
     step = (num_target_layers - 4) / (count - 1)
     return tuple(round(1 + index * step) + 1 for index in range(count))
-
-
-def three_layers(num_target_layers: int) -> tuple[int, int, int]:
-    """A low, a middle and a high one, as speculators takes them."""
-    return 2, num_target_layers // 2, num_target_layers - 3
 
 
 def sliding_layers(config: Fields, num_layers: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..layer_config import LayerConfig
 from ..new_drafters import check_config_names, derived_from
+from ..published_fields import three_layers
 
 MAX_IMAGE_QUERIES = 1024
 IMAGE_ROWS = ("token", "merged", "direct", "compressed")
@@ -126,9 +127,11 @@ class EagleConfig(LayerConfig):
         """
         check_config_names(cls, overrides)
         derived = derived_from(target_config)
-        return cls(**{**derived, "feature_layers": _three_layers(derived["target"]["num_hidden_layers"]), **overrides})
+        return cls(
+            **{**derived, "feature_layers": _layers_to_read(derived["target"]["num_hidden_layers"]), **overrides}
+        )
 
 
-def _three_layers(num_layers: int) -> tuple[int, int, int]:
+def _layers_to_read(num_layers: int) -> tuple[int, int, int]:
     """A low, a middle and a high one, as EAGLE-3's authors take them of targets that are deep enough."""
-    return (2, num_layers // 2, num_layers - 3) if num_layers >= 8 else (1, (num_layers + 1) // 2, num_layers)
+    return three_layers(num_layers) if num_layers >= 8 else (1, (num_layers + 1) // 2, num_layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..published_fields import DEFAULT_THETA, THETAS, Fields, rope_fields
+from ..published_fields import DEFAULT_THETA, Fields, other_bases, rope_fields, three_layers
 from .published import Wiring, declared_ids, is_first_generation, is_from_angelslim
 
 SHIFTS = (-1, 1)  # of places in `hidden_states`: the commonest fault
@@ -43,10 +43,7 @@ def alternatives(
     """
     text = target_config.get_text_config(decoder=True)
     target_rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
-    changes: list[dict[str, Any]] = []
-    said = (rope_fields(config).get("rope_theta"), config.get("rope_theta"), target_rope.get("rope_theta"))
-    thetas = (*said, *THETAS)
-    changes += [{"rope_theta": float(theta)} for theta in dict.fromkeys(thetas) if theta]
+    changes = other_bases(rope_fields(config), config, text)
     section = wiring.mrope_section or rope_fields(config).get("mrope_section") or target_rope.get("mrope_section")
     if section is not None and has_pictures:
         changes += [
@@ -58,7 +55,7 @@ def alternatives(
         num_layers = text.num_hidden_layers
         places = [tuple(layer + shift for layer in wiring.feature_layers) for shift in SHIFTS]
         if len(wiring.feature_layers) == 3:
-            places.append((2, num_layers // 2, num_layers - 3))
+            places.append(three_layers(num_layers))
         changes += [{"feature_layers": each} for each in places if min(each) >= 1 and max(each) <= num_layers]
         changes += [{"norm_before_residual": each} for each in (False, True)]
         changes += [{"has_final_norm": True, "is_feedback_normed": each} for each in (False, True)]

@@ -65,9 +65,7 @@ def _check_expressible(config: EagleConfig, format: str) -> None:
         "image_rows": config.image_rows != "token",
         "mrope_section": config.mrope_section is not None,
         "rope_parameters": (config.rope_parameters or {}).get("rope_type", "default") != "default",
-        "attention_output_bias": config.attention_output_bias != config.attention_bias
-        if format == SPECULATORS
-        else False,
+        "attention_output_bias": format == SPECULATORS and config.attention_output_bias != config.attention_bias,
         "feature_layers": format == SPECULATORS and len(set(config.feature_layers)) < len(config.feature_layers),
         "has_final_norm": format == SPECULATORS and not config.has_final_norm,
         "is_feedback_normed": format == EAGLE3 and config.is_feedback_normed,

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
-from ..checkpoint_files import check_shapes
 from ..fit import describe_target
 from ..published_fields import check_features, check_vocabulary, read_fields
-from ..published_model import assembled
+from ..published_model import assembled, refusing
 from .doubts import doubts
 from .drafter import EagleDrafter
 from .published import (
@@ -27,7 +25,6 @@ from .published import (
 logger = logging.get_logger(__name__)
 
 PADDING = 64  # tokens, of 32064
-REMEDY = "Get the checkpoint again; if it is whole, it is of a kind that is not read."
 
 
 def load_eagle(
@@ -46,7 +43,7 @@ def load_eagle(
         ValueError: Tensors that are missing, unknown or of another shape, or another target than they were made for.
     """
     description = describe_target(target.config)
-    try:
+    with refusing(source, "is no EAGLE drafter"):
         fields = read_fields(config)
         refuse_unread(fields)
         found = read_wiring(fields, set(tensors), description["num_hidden_layers"]).changed(wiring or {})
@@ -62,17 +59,13 @@ def load_eagle(
         wanted = 2 * description["hidden_size"] if is_first_generation(set(ours)) else None
         check_features(ours, found.feature_layers, description, wanted)
         drafter_config = read_config(fields, ours, found, {**description, "name": None, "revision": None})
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{source!r} is no EAGLE drafter for this target: {error}.".replace("..", ".")) from error
-    drafter_config._name_or_path = source
-    shapes = {name: tensor.shape for name, tensor in ours.items()}
-    check_shapes(source, shapes, EagleDrafter.expected_shapes(drafter_config), REMEDY)
+    drafter = assembled(source, EagleDrafter, drafter_config, ours, target)
     if open_questions:
         logger.warning(
             f"The config of {source!r} leaves open {'; '.join(open_questions)}. Say it (`wiring={{...}}`), or let the target "
             'tell: `wiring="probe"`.'
         )
-    return assembled(EagleDrafter, drafter_config, ours, target)
+    return drafter
 
 
 def _with_padding(

@@ -21,6 +21,7 @@ from ..published_fields import (
     renamed_tensors,
     rope_fields,
     rope_parameters_of,
+    three_layers,
 )
 from .configuration import EagleConfig
 
@@ -115,7 +116,7 @@ def is_msd(config: Fields, names: set[str]) -> bool:
 
 def _feature_layers(config: Fields, num_layers: int) -> tuple[int, ...]:
     """Places in `hidden_states`, those of three layers where a config names none."""
-    return declared_ids(config, num_layers)[0] or (2, num_layers // 2, num_layers - 3)
+    return declared_ids(config, num_layers)[0] or three_layers(num_layers)
 
 
 def declared_ids(config: Fields, num_layers: int) -> tuple[tuple[int, ...], bool]:

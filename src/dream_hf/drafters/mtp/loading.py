@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ...targets.attending_layer import MTP_FAMILIES, attending_layer
@@ -14,6 +13,7 @@ from ...targets.target import Target
 from ..attention import SEEN
 from ..checkpoint_files import check_shapes
 from ..fit import describe_target
+from ..published_model import placed, refusing
 from .drafter import MTPDrafter, wired
 from .published import PREFIX, renamed
 
@@ -39,19 +39,16 @@ def load_mtp(
     """
     view, is_speculators = Target(target), "speculators_model_type" in config
     wiring = wired({**({"image_rows": "token"} if is_speculators else {}), **(wiring or {})})
-    try:
+    with refusing(source, "has no MTP head"):
         _check_target((config.get("transformer_layer_config") if is_speculators else None) or config, view)
         ours = renamed(tensors)
         parts = attending_layer(view, SEEN, is_dense="layers.0.mlp.gate_proj.weight" in ours)
-    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{source!r} has no MTP head for this target: {error}.".replace("..", ".")) from error
     description = {**describe_target(view.model.config), "name": None, "revision": None}
     with torch.device("meta"):
         drafter = MTPDrafter(parts, description, wiring)
     expected = {f"{PREFIX}{name}": weight.shape for name, weight in drafter.state_dict().items()}
     check_shapes(source, {f"{PREFIX}{name}": tensor.shape for name, tensor in ours.items()}, expected, REMEDY)
-    placed = {name: tensor.to(target.device, target.dtype) for name, tensor in ours.items()}
-    drafter.load_state_dict(placed, assign=True)
+    drafter.load_state_dict(placed(ours, target), assign=True)
     drafter.rotary_emb.to(target.device)
     return drafter.requires_grad_(False).eval()
 
