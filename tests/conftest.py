@@ -1,9 +1,27 @@
 """What holds for every test."""
 
+import os
+
 import pytest
+import torch
 from double import keeping_double
 
 from dream_hf.drafters import new_drafters
+
+DEVICE = os.environ.get(
+    "DREAM_HF_TEST_DEVICE"
+)  # where models and tensors are made, such as "cuda"; by default on the CPU
+
+if DEVICE is not None:
+    torch.set_default_device(DEVICE)
+
+    class _Generator(torch.Generator):
+        """One of the device where tensors are made, which those of a CPU cannot fill."""
+
+        def __new__(cls, device=DEVICE):
+            return super().__new__(cls, device)
+
+    torch.Generator = _Generator
 
 
 @pytest.fixture(autouse=True)

@@ -60,8 +60,7 @@ def failing(kind: type[BaseException], at_call: int) -> Callable[[], None]:
 
 
 def num_tensors() -> int:
-    for memo in (growth._level_prices, growth._starts_above):  # bounded; which shapes of trees occur is up to chance
-        memo.cache_clear()
+    growth.candidate_places.cache_clear()  # bounded; which shapes of trees occur is up to chance
     return sum(type(each) is torch.Tensor for each in gc.get_objects())
 
 

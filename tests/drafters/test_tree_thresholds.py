@@ -71,16 +71,20 @@ def planted(log_probs, top_k=2):
     return found
 
 
+def best_tree(found, num_rows, config):
+    return drafting._best_tree(found, torch.zeros(num_rows, 1, dtype=torch.long), config, found.places())
+
+
 @pytest.mark.parametrize("depth", [2, 20, 128])
 def test_a_threshold_means_the_same_at_every_level(depth):
     """A chain all of whose nodes are reached with 0.151, and one with 0.149: at any level."""
     config = DreamConfig(tree_depth=depth, tree_top_k=2, tree_size=depth, tree_min_node_probability=0.15)
     likely, unlikely = math.log(0.151), math.log(0.149)
     levels = [[[likely, unlikely]]] * depth
-    tree = drafting._best_tree(planted(levels), torch.zeros(1, 1, dtype=torch.long), config)
+    tree = best_tree(planted(levels), 1, config)
     assert tree.num_nodes == depth + 1 and int(tree.depths.max()) == depth
     levels = [[[likely, unlikely]]] * (depth - 1) + [[[unlikely, unlikely]]]
-    tree = drafting._best_tree(planted(levels), torch.zeros(1, 1, dtype=torch.long), config)
+    tree = best_tree(planted(levels), 1, config)
     assert tree.num_nodes == depth and int(tree.depths.max()) == depth - 1
 
 
@@ -89,7 +93,7 @@ def test_likely_nodes_go_before_unlikely_ones_and_rows_fill_up():
     config = DreamConfig(tree_depth=60, tree_top_k=2, tree_size=59, tree_min_node_probability=0.15)
     likely, unlikely = math.log(0.1501), math.log(0.1499)
     levels = [[[likely, unlikely], [unlikely, -9.0]]] * 58 + [[[unlikely, -9.0], [unlikely, -9.0]]]
-    tree = drafting._best_tree(planted(levels), torch.zeros(2, 1, dtype=torch.long), config)
+    tree = best_tree(planted(levels), 2, config)
     assert tree.num_nodes == 59
     assert int(tree.depths[0].max()) == 58 and int(tree.depths[1].max()) == 58
 

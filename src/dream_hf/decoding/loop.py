@@ -254,11 +254,12 @@ class _Decoding:
         """A tree below the last tokens, no deeper than can be of use, of tokens that the target can take."""
         if self.schedule.is_paused:
             return DraftTree.chain(self.roots)
-        limits = [self.drafter.settings.tree_depth, self.schedule.max_depth, self.forward.positions_left()]
-        limits.append(self.stopping.levels_left(self.sequences))
-        max_depth = min(limit for limit in limits if limit is not None)
-        tree = self.session.draft(self.roots, max_depth).to(self.roots.device)
-        return tree.cut(max_depth).without(self.unusable_ids)
+        depth, schedule = self.drafter.settings.tree_depth, self.schedule.max_depth
+        limits = [depth, self.forward.positions_left(), self.stopping.levels_left(self.sequences)]
+        most = min(limit for limit in limits if limit is not None)
+        wanted = most if schedule is None else min(most, schedule)
+        tree = self.session.draft(self.roots, wanted).to(self.roots.device)
+        return tree.cut(most).without(self.unusable_ids)
 
     def _verified(
         self, tree: DraftTree, accepted: Accepted, features: torch.Tensor | None, logits: torch.Tensor

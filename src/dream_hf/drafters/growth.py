@@ -7,10 +7,11 @@ same for all of them. B rows, k beams per level, N drafted nodes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -60,6 +61,13 @@ class LevelSession(Protocol):
         """What makes levels below the last tokens; all verified text has been read by then."""
 
 
+class CandidatePlaces(NamedTuple):
+    """What follows from the numbers of candidates in each level alone."""
+
+    prices: torch.Tensor  # (C,), `LEVEL_PRICE` times the level of every candidate
+    starts_above: torch.Tensor  # (m in all,), where the level above each expanded node starts among all candidates
+
+
 @dataclass
 class _Candidates:
     """All expanded nodes so far, in order of levels: tokens and cumulative log-probabilities (B, n) of each level.
@@ -77,14 +85,17 @@ class _Candidates:
         self.scores.append(level.scores)
         self.parents.append(parents)
 
-    def parent_of_each(self) -> torch.Tensor:
+    def parent_of_each(self, starts_above: torch.Tensor) -> torch.Tensor:
         """Parent of each candidate among all of them, -1 for the root: (B, C)."""
-        sizes = tuple(
-            (tokens.shape[1], parents.shape[1]) for tokens, parents in zip(self.tokens, self.parents, strict=True)
-        )
-        parents = torch.cat(self.parents, dim=1)
-        parents = parents + _starts_above(sizes, parents.device)
+        parents = torch.cat(self.parents, dim=1) + starts_above
         return parents[..., None].expand(-1, -1, self.tokens[0].shape[1]).flatten(1)
+
+    def places(self) -> CandidatePlaces:
+        """What the numbers of candidates say about each."""
+        sizes = zip(self.tokens, self.parents, strict=True)
+        return candidate_places(
+            tuple((tokens.shape[1], parents.shape[1]) for tokens, parents in sizes), self.tokens[0].device
+        )
 
 
 def grow_tree(
@@ -115,18 +126,40 @@ def grow_tree(
     if num_levels < 1:
         return DraftTree.chain(root_tokens)
     with phase(GROWTH), cpu_threads(settings.draft_threads):
-        return _best_tree(_expand_levels(source, settings, end_ids, num_levels), root_tokens, settings)
+        found = _expand_levels(
+            source, settings, num_levels, lambda level, depth: _promising(level, depth, settings, end_ids)
+        )
+        return _best_tree(found, root_tokens, settings, found.places())
+
+
+def grow_whole_tree(
+    source: LevelSource, root_tokens: torch.Tensor, settings: DraftSettings, places: CandidatePlaces
+) -> DraftTree:
+    """The tree of [`grow_tree`] with all of its levels and nodes, as a function of tensors that nobody looks at on the way.
+
+    `places` are [`whole_places`].
+    """
+    found = _expand_levels(
+        source, settings, settings.tree_depth, lambda level, depth: list(range(settings.tree_top_k))
+    )
+    return _best_tree(found, root_tokens, settings, places)
+
+
+def whole_places(settings: DraftSettings, device: torch.device) -> CandidatePlaces:
+    """The places of all candidates of a tree of which every level is whole."""
+    top_k = settings.tree_top_k
+    return candidate_places(((top_k, 1), *[(top_k**2, top_k)] * (settings.tree_depth - 1)), device)
 
 
 def _expand_levels(
-    source: LevelSource, settings: DraftSettings, end_ids: frozenset[int], num_levels: int
+    source: LevelSource, settings: DraftSettings, num_levels: int, promising_of: Callable[[Any, int], list[int]]
 ) -> _Candidates:
-    """All nodes found on the way down, level by level."""
+    """All nodes found on the way down, level by level; `promising_of` says which of a level, at a depth, to expand."""
     found, top_k = _Candidates(), settings.tree_top_k
     level = source.first_level(num_levels, top_k)
     found.add(level, torch.full_like(level.tokens[:, :1], -1))
     for depth in range(1, num_levels):
-        promising = _promising(level, depth, settings, end_ids)
+        promising = promising_of(level, depth)
         if not promising:
             break
         best = level.best
@@ -137,11 +170,13 @@ def _expand_levels(
     return found
 
 
-def _best_tree(found: _Candidates, root_tokens: torch.Tensor, settings: DraftSettings) -> DraftTree:
+def _best_tree(
+    found: _Candidates, root_tokens: torch.Tensor, settings: DraftSettings, places: CandidatePlaces
+) -> DraftTree:
     """Keep the `tree_size` best candidates, in the order they were found, so that parents come first."""
     num_nodes, num_levels = settings.tree_size, len(found.tokens)
     log_probs = torch.cat(found.scores, dim=1)
-    scores = log_probs - _level_prices(tuple(level.shape[1] for level in found.scores), log_probs.device)
+    scores = log_probs - places.prices
     if settings.tree_min_node_probability:
         is_likely = log_probs >= math.log(settings.tree_min_node_probability)
         # Whatever the levels: behind the likely.
@@ -150,7 +185,8 @@ def _best_tree(found: _Candidates, root_tokens: torch.Tensor, settings: DraftSet
             num_nodes = min(max(int(is_likely.sum(-1).max()), 1), num_nodes)
     chosen = scores.topk(min(num_nodes, scores.shape[1]), dim=-1).indices.sort(dim=-1).values
     tokens = torch.cat(found.tokens, dim=1)
-    return kept_tree(root_tokens, tokens, found.parent_of_each(), log_probs, chosen, num_levels)
+    parents = found.parent_of_each(places.starts_above)
+    return kept_tree(root_tokens, tokens, parents, log_probs, chosen, num_levels)
 
 
 def kept_tree(
@@ -185,21 +221,14 @@ def kept_tree(
 
 
 @lru_cache(maxsize=64)
-def _level_prices(level_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """`LEVEL_PRICE` times the level of every candidate, (C,)."""
-    return torch.tensor([LEVEL_PRICE * level for level, size in enumerate(level_sizes) for _ in range(size)]).to(
-        device
-    )
-
-
-@lru_cache(maxsize=64)
-def _starts_above(sizes: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """Where the level above that of each expanded node starts among all candidates, by levels of (candidates, parents)."""
+def candidate_places(sizes: tuple[tuple[int, int], ...], device: torch.device) -> CandidatePlaces:
+    """The places of candidates in levels of so many (candidates, parents)."""
+    prices = [LEVEL_PRICE * level for level, (size, _) in enumerate(sizes) for _ in range(size)]
     starts, above = [0] * sizes[0][1], 0
     for (num_above, _), (_, num_parents) in pairwise(sizes):
         starts += [above] * num_parents
         above += num_above
-    return torch.tensor(starts).to(device)
+    return CandidatePlaces(torch.tensor(prices).to(device), torch.tensor(starts).to(device))
 
 
 def _promising(level: Level, depth: int, settings: DraftSettings, end_ids: frozenset[int]) -> list[int]:

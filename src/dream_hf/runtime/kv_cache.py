@@ -202,7 +202,8 @@ class SlotLayer(DynamicLayer):
             shape = (*states.shape[:2], capacity, states.shape[3])
             buffer = lease.buffer(f"{self.name}.{name}", states, shape, dim=2)
             buffer[:, :, : states.shape[2]] = states
-            _mark_fixed(buffer)
+            if buffer.device.type == "cpu":  # let code that is compiled for it serve any other capacity
+                torch._dynamo.maybe_mark_dynamic(buffer, 2)
             setattr(self, name, buffer)
 
 
@@ -224,14 +225,6 @@ def _enlarged(states: torch.Tensor, capacity: int) -> torch.Tensor:
     buffer = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
     buffer[:, :, : states.shape[2]] = states
     return buffer
-
-
-def _mark_fixed(buffer: torch.Tensor) -> None:
-    """Let code that is compiled for a buffer serve any other capacity on a CPU, and rely on its address elsewhere."""
-    if buffer.device.type == "cpu":
-        torch._dynamo.maybe_mark_dynamic(buffer, 2)
-    else:  # a graph of device calls writes to addresses, not to tensors
-        torch._dynamo.mark_static_address(buffer, guard=False)
 
 
 def slot_cache(slots_of_layers: Sequence[Slots], like: torch.Tensor | None = None) -> Cache:

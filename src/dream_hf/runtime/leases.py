@@ -41,6 +41,8 @@ class Lease:
         buffer = self.buffers.get(name)
         if buffer is None or not _fits(buffer, like, shape, dim):
             self.buffers[name] = buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            if like.device.type != "cpu":  # a graph of device calls reads and writes addresses, not tensors
+                torch._dynamo.mark_static_address(buffer, guard=False)
         return buffer
 
     def clean(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from ...decoding.drafter import Prefill
 from ...decoding.settings import DraftSettings
+from ...decoding.tree import DraftTree
 from ..lazy_session import LazySession
 from ..levels import TargetHead
 from ..pending import PendingTokens
@@ -29,6 +32,17 @@ class DreamSession(LazySession):
         self.head = borrow_head(drafter, prefill)
         self.state, self.pending = self._start_state(prefill)
         self._read_prompt(prefill)
+
+    def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
+        whole, gained = self.state.whole_draft, None
+        if whole is None or max_depth == 0:
+            return super().draft(root_tokens, max_depth)
+        if self.pending:
+            gained = self.pending.take()
+            if gained[0].shape[1] > self.settings.tree_depth + 1:  # more than a tree can gain, behind a pause
+                self._read_on(*gained)
+                gained = None
+        return whole(self.state, self.head, root_tokens, gained)
 
     def levels(self) -> DreamLevels:
         self._catch_up()

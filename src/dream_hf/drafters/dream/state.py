@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
 from ...decoding.settings import DraftSettings
+from ...runtime import crossings
 from ...runtime.compilation import Settings as CompileSettings
-from ...runtime.compilation import compiled_function
 from ...runtime.counts import Counts
 from ...runtime.kv_cache import SlotLayer, capacity_for, few_sizes, slot_cache
 from ...runtime.leases import lease_for_life
 from ...runtime.phases import DRAFTER, phase
 from ...runtime.slots import Slots
 from ...runtime.threads import cpu_threads
-from ..levels import Beams, SlotLevel, TargetHead, first_level, next_level
+from ..levels import SlotLevel, TargetHead, first_level, next_level
 from ..masked_attention import MASK_ENTRIES
 from ..visibility import FromStart, Visibilities, bias_of, shown_columns
+from .compiled import CompiledLevels, WholeDraft
 from .compression import DrafterText
-from .functional import DecodingForward, decoding_forward, is_plain_throughout
+from .functional import decoding_forward, is_plain_throughout
 from .modeling import DreamModel
 
 
@@ -58,9 +58,13 @@ class DrafterState:
         self.settings = settings or DraftSettings.of(drafter.config)
         self.forward = decoding_forward(drafter)
         self.compiled: CompiledLevels | None = None
+        self.whole_draft: WholeDraft | None = None
+        lease = None
         if compilation is not None and is_plain_throughout(drafter):
             self.compiled = CompiledLevels(drafter, compilation)
-        lease = lease_for_life(self, drafter, batch_size, capacity_for(num_slots)) if self.compiled else None
+            lease = lease_for_life(self, drafter, batch_size, capacity_for(num_slots))
+            if crossings.reads_wait(drafter.device):  # else levels are looked at, and fewer of them are cheaper
+                self.whole_draft = WholeDraft(drafter, compilation, lease)
         self.tokens = Slots([0] * batch_size, lease=lease, name="tokens")
         self.features = Slots([0] * batch_size, lease=lease, name="features")
         self.cache = self._make_cache(batch_size)
@@ -86,10 +90,8 @@ class DrafterState:
                 hidden = self._read_behind(embeds, features, positions)
             else:
                 hidden = self._read_start(embeds, features, positions)
-        self.level_places = []
         counts = Counts.of(counts)
-        self.tokens.commit(counts)
-        self.features.commit(counts.less(num_missing))
+        self.commit(counts, num_missing)
         last = counts.less(1).on(device)[:, None]
         self.root_features = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         self.root_positions = positions.gather(1, last)
@@ -180,6 +182,12 @@ class DrafterState:
         self.extend(beams.tokens.shape[1])
         return level
 
+    def commit(self, counts: Counts, num_missing: int = 0) -> None:
+        """Take note that `counts[b]` tokens of row b have been read, and features but for the last `num_missing`."""
+        self.level_places = []
+        self.tokens.commit(counts)
+        self.features.commit(counts.less(num_missing))
+
     def extend(self, num_beams: int) -> None:
         """Take note that a level has been written to the tentative slots."""
         self.tokens.extend(num_beams)
@@ -224,38 +232,6 @@ class DrafterState:
     @property
     def _layers(self) -> list[SlotLayer]:
         return self.cache.layers  # type: ignore[return-value]
-
-
-class CompiledLevels:
-    """Runs whole levels as one compiled function, in buffers that stay where they are.
-
-    Args:
-        drafter (`DreamModel`): One that is [`is_plain_throughout`].
-        compilation (`CompileSettings`): How to compile.
-    """
-
-    def __init__(self, drafter: DreamModel, compilation: CompileSettings):
-        self.run = compiled_function(drafter, run_level, compilation)
-
-    def __call__(
-        self, forward: DecodingForward, cache: Any, head: TargetHead, beams: Beams, places: Any, top_k: int
-    ) -> SlotLevel:
-        """The children of the beams, which are written to the cache."""
-        if beams.sees.device.type == "cpu":
-            torch._dynamo.maybe_mark_dynamic(beams.sees, 2)  # one graph for all capacities
-        level = self.run(forward, cache, head, beams, places, top_k)
-        if beams.features.device.type == "cpu":
-            return level
-        return tree_map(torch.clone, level)  # a captured graph writes its next results over these
-
-
-def run_level(
-    forward: DecodingForward, cache: Cache, head: TargetHead, beams: Beams, places: Any, top_k: int
-) -> SlotLevel:
-    """A whole level as one function of tensors, to be compiled: the beams go in, their children come out."""
-    embeds = head.embed(beams.tokens).to(beams.features.device, beams.features.dtype)
-    hidden = forward(embeds, beams.features, shown_columns(beams.sees), places, cache)
-    return next_level(head, beams, hidden, top_k)
 
 
 @dataclass(frozen=True)
