@@ -126,3 +126,10 @@ class _PlantingSession(DraftSession):
 
     def read(self, verified: Verified) -> None:
         self.inner.read(verified)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.inner.looks_ahead
+
+    def look_ahead(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
+        self.inner.look_ahead(tokens, features, counts)

@@ -132,6 +132,18 @@ class Verified:
 class DraftSession:
     """A drafter at work in one `generate()`."""
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether [`look_ahead`] is wanted now."""
+        return False
+
+    def look_ahead(self, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor) -> None:
+        """Begin the next draft while the host has yet to hear what a step gains; [`read`] says it afterwards.
+
+        Most likely the first `counts` (B,) of `tokens` (B, T), with the `features` (B, T, layers * H) they were chosen from:
+        then `read` gets these very counts. It may be less, where a text ends.
+        """
+
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         """A tree below the last token of each row, (B, 1), of at most `max_depth` levels; 0 for the root alone.
 

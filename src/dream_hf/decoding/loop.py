@@ -23,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..compat import CACHE, cache_of
 from ..runtime.phases import ACCEPTANCE, PREFILL, STEP, TARGET, phase
 from ..targets.target import Target, sliding_windows
+from .acceptance import Acceptance
 from .draft_schedule import DraftSchedule
 from .drafter import Drafter, DraftSession, Verified
 from .outputs import DreamGenerateOutput, Recorder
@@ -189,8 +190,18 @@ class _Decoding:
         features = self.forward.features(outputs)
         logits = outputs.logits[:, : tree.num_nodes].to(dtype=torch.float32, device=self.sequences.ids.device)
         starts = [length - self.sequences.prompt_length for length in self.sequences.lengths]
+
+        def look_ahead(acceptance: Acceptance) -> None:
+            if (
+                features is not None
+                and self.session.looks_ahead
+                and not any(is_resting)
+                and not self.schedule.is_paused
+            ):
+                self.session.look_ahead(acceptance.tokens, _at(features, acceptance.path), acceptance.lengths)
+
         with phase(ACCEPTANCE):
-            accepted = self.sampler.verify(tree, logits, self.sequences, self.stopping, self.recorder)
+            accepted = self.sampler.verify(tree, logits, self.sequences, self.stopping, self.recorder, look_ahead)
         going_on = [count for row, count in enumerate(accepted.counts) if not self.stopping.is_resting(row)]
         if going_on:  # an end says nothing about the drafter
             self.schedule.note(going_on)
@@ -266,8 +277,7 @@ class _Decoding:
     ) -> Verified:
         """What was gained, with what the drafter needs to see of it."""
         if features is not None:
-            nodes = accepted.path.to(features.device)[..., None].expand(-1, -1, features.shape[-1])
-            features = features.gather(1, nodes)
+            features = _at(features, accepted.path)
         num_likeliest = self.drafter.needs.num_likeliest
         if not num_likeliest:
             return Verified(accepted.tokens, accepted.counts, features)
@@ -280,3 +290,8 @@ class _Decoding:
         self.sequences.append(rows, tokens)
         scores = self.recorder.scores if self.recorder.wants_scores else None
         self.stopping.look(self.sequences, rows, tokens, rows, scores)
+
+
+def _at(features: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    """Features (B, N, H) at the nodes `path` (B, P), (B, P, H)."""
+    return features.gather(1, path.to(features.device)[..., None].expand(-1, -1, features.shape[-1]))

@@ -6,7 +6,7 @@ has ended, or about a drafted token that was not chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.logits_process import LogitsProcessorList
 
 from ..runtime.counts import Counts
-from .acceptance import accept_greedy, sample
+from .acceptance import Acceptance, accept_greedy, sample
 from .outputs import Recorder
 from .sequences import Sequences
 from .stopping import Stopping
@@ -128,9 +128,18 @@ class Sampler:
         return sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
 
     def verify(
-        self, tree: DraftTree, logits: torch.Tensor, sequences: Sequences, stopping: Stopping, recorder: Recorder
+        self,
+        tree: DraftTree,
+        logits: torch.Tensor,
+        sequences: Sequences,
+        stopping: Stopping,
+        recorder: Recorder,
+        look_ahead: Callable[[Acceptance], None] = lambda acceptance: None,
     ) -> Accepted:
-        """Choose along the tree, from logits (B, N, V) in float32; append to `sequences` what each row gains up to its end."""
+        """Choose along the tree, from logits (B, N, V) in float32; append to `sequences` what each row gains up to its end.
+
+        Where all is chosen at once, `look_ahead` hears of it before the host does, which has to wait.
+        """
         if not all(type(processor) in PREFIX_FREE for processor in self.processors):
             return _Walk(self, tree, logits, sequences, stopping, recorder).run()
         scores = logits
@@ -139,20 +148,20 @@ class Sampler:
         choices = self.pick(scores)
         if stopping.others or self.in_step:
             return _ChosenWalk(self, tree, logits, sequences, stopping, recorder, scores, choices).run()
-        return _accept(tree, choices, scores, logits, sequences, stopping, recorder)
+        acceptance = accept_greedy(tree, choices)
+        look_ahead(acceptance)
+        return _accept(acceptance, scores, logits, sequences, stopping, recorder)
 
 
 def _accept(
-    tree: DraftTree,
-    choices: torch.Tensor,  # (B, N)
+    acceptance: Acceptance,
     scores: torch.Tensor,  # (B, N, V)
     logits: torch.Tensor,  # (B, N, V)
     sequences: Sequences,
     stopping: Stopping,
     recorder: Recorder,
 ) -> Accepted:
-    """Follow choices that are known for all nodes and that nobody has to be asked about."""
-    acceptance = accept_greedy(tree, choices)
+    """Keep what follows from choices that nobody has to be asked about."""
     starts = list(sequences.lengths)
     gained = acceptance.tolist()
     kept = [

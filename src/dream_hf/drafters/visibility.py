@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..runtime.few_queries import attend_by_products, products_pay
 from .masked_attention import (
     SINK_COLUMNS,
     aligned_bias,
@@ -77,6 +78,9 @@ class Biased(Visibility):
         self, queries: Tensor, keys: Tensor, values: Tensor, unseen: Tensor | None, scale: float, dropout: float
     ) -> Tensor:
         num_columns = min(self.bias.shape[-1], keys.shape[2])
+        if not dropout and products_pay(queries, keys):
+            seen = (keys[:, :, :num_columns], values[:, :, :num_columns], self.bias[..., :num_columns])
+            return attend_by_products(queries, *seen, scale)
         return scaled_dot_product_attention(
             queries,
             keys[:, :, :num_columns],

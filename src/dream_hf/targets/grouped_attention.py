@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from ..runtime.few_queries import attend_by_products, products_pay
 from .lookups import ScopedWrap
 
 # Masks repeated for the heads of a group, by id of the mask and their number: while one forward runs.
@@ -54,7 +55,10 @@ def attend_in_groups(attend: Callable) -> Callable | None:
 
 def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """`sdpa_attention_forward`, whose arguments and results are these."""
-    num_sharing = query.shape[1] // key.shape[1]
+    num_sharing, is_plain = query.shape[1] // key.shape[1], kwargs.get("position_bias") is None and not dropout
+    if is_plain and _is_for_all_heads(query, attention_mask) and products_pay(query, key):
+        attended = attend_by_products(query, key, value, attention_mask, scaling)
+        return attended.transpose(1, 2).contiguous(), None
     if not _is_simple(query, attention_mask, num_sharing) or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if _knows_groups(query.device):
@@ -84,9 +88,12 @@ def _eager(module, query, key, value, attention_mask, scaling, dropout=0.0, **kw
 
 def _is_simple(query: Tensor, mask: Any, num_sharing: int) -> bool:
     """Whether keys would be repeated, under a mask that is the same for all heads."""
-    return (
-        num_sharing > 1 and query.shape[2] > 1 and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1
-    )
+    return num_sharing > 1 and _is_for_all_heads(query, mask)
+
+
+def _is_for_all_heads(query: Tensor, mask: Any) -> bool:
+    """Whether more than one query is under a mask that is the same for all heads."""
+    return query.shape[2] > 1 and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1
 
 
 def _knows_groups(device: torch.device) -> bool:

@@ -60,6 +60,9 @@ def run_level(
     return next_level(head, beams, hidden, top_k)
 
 
+Gained = tuple[torch.Tensor, torch.Tensor, Counts]  # tokens (B, T), features (B, T, H), how many of both count
+
+
 class TreeBuffers(NamedTuple):
     """The tree, as [`DraftTree`] has it."""
 
@@ -71,14 +74,16 @@ class TreeBuffers(NamedTuple):
 
 
 class DraftBuffers(NamedTuple):
-    """What a draft reads and writes, beside the drafter's caches."""
+    """What a draft reads (to `root_positions`) and writes, beside the drafter's caches."""
 
     gained: torch.Tensor  # (B, P), tokens
     features: torch.Tensor  # (B, P, H), the target's, that they were chosen from
     counts: torch.Tensor  # (B,), how many of both count
     roots: torch.Tensor  # (B, 1), the last token of each row
-    root_features: torch.Tensor  # (B, 1, H), the drafter's own for it; read and written
-    root_positions: torch.Tensor  # (B, 1), read and written
+    root_features: torch.Tensor  # (B, 1, H), the drafter's own, of the last token before what was gained
+    root_positions: torch.Tensor  # (B, 1)
+    next_features: torch.Tensor  # (B, 1, H), the same behind it
+    next_positions: torch.Tensor  # (B, 1)
     starts: tuple[torch.Tensor, ...]  # (B,) each, the slots of tokens and of features that are written next
     tree: TreeBuffers
 
@@ -95,52 +100,72 @@ class WholeDraft:
     def __init__(self, drafter: DreamModel, compilation: CompileSettings, lease: Lease):
         self.run = compiled_function(drafter, run_draft, compilation)
         self.drafter, self.lease = drafter, lease
+        self.columns = torch.empty(0, device=drafter.device)
+        self.begun: torch.Tensor | None = None  # the counts with which a draft has begun that nobody has asked for yet
 
-    def __call__(
+    def __call__(self, state: Any, head: TargetHead, roots: torch.Tensor, gained: Gained | None) -> DraftTree:
+        """A tree of all levels below the `roots` (B, 1), behind what was gained, which the state has read then.
+
+        Nothing is left to do if the draft has begun with the same counts. The tree is overwritten by the next one.
+
+        Args:
+            state (`DrafterState`): Its tentative slots are empty before and after.
+            head (`TargetHead`): The target's embedding and head.
+            roots (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
+            gained (`tuple`, *optional*): Tokens (B, P or fewer), the features they were chosen from, and [`Counts`].
+        """
+        begun, self.begun = self.begun, None
+        if gained is None:
+            self.begin(state, head, roots)
+        else:
+            tokens, features, counts = gained
+            if counts.on(roots.device) is not begun:
+                self.begin(state, head, roots, tokens, features, counts.on(roots.device))
+            state.commit(counts)
+        buffers = self._buffers(state, len(roots))
+        state.root_features, state.root_positions = buffers.next_features, buffers.next_positions
+        tree = buffers.tree
+        depth = state.settings.tree_depth
+        return DraftTree(tree.tokens, tree.parents, tree.depths, tree.ancestors, depth, tree.log_probs)
+
+    def look_ahead(
+        self, state: Any, head: TargetHead, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """Begin the draft behind the first `counts` (B,) of `tokens` (B, P), whether or not that is what is gained."""
+        self.begin(state, head, tokens.gather(1, counts[:, None] - 1), tokens, features, counts)
+        self.begun = counts
+
+    def begin(
         self,
         state: Any,
         head: TargetHead,
         roots: torch.Tensor,
-        gained: tuple[torch.Tensor, torch.Tensor, Counts] | None,
-    ) -> DraftTree:
-        """A tree of all levels below the `roots` (B, 1), behind what was gained: tokens, features and counts.
-
-        The tree is overwritten by the next one.
-
-        Args:
-            state (`DrafterState`): Reads what was gained; its tentative slots are empty before and after.
-            head (`TargetHead`): The target's embedding and head.
-            roots (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
-            gained: Tokens (B, P or fewer), the features they were chosen from, and [`Counts`], if anything.
-        """
+        tokens: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> None:
+        """Run the draft below `roots` (B, 1) behind the first `counts` (B,) of `tokens` (B, P); the state stays as it is."""
         settings, device = state.settings, self.drafter.device
         num_columns = state.reserve(settings.tree_depth + 1 + settings.tree_depth * settings.tree_top_k)
         buffers = self._buffers(state, len(roots))
         buffers.roots.copy_(roots)
-        for buffer, value in (
-            (buffers.root_features, state.root_features),
-            (buffers.root_positions, state.root_positions),
-        ):
-            if value is not buffer:
-                buffer.copy_(value)
-        state.root_features, state.root_positions = buffers.root_features, buffers.root_positions
-        if gained is None:
+        if state.root_features is not buffers.root_features:
+            buffers.root_features.copy_(state.root_features)
+            buffers.root_positions.copy_(state.root_positions)
+            state.root_features, state.root_positions = buffers.root_features, buffers.root_positions
+        if tokens is None or features is None or counts is None:
             buffers.counts.zero_()
         else:
-            tokens, features, counts = gained
             buffers.gained[:, : tokens.shape[1]].copy_(tokens)
             buffers.features[:, : features.shape[1]].copy_(features)
-            buffers.counts.copy_(counts.on(device))
-        columns = torch.arange(num_columns, device=device)
-        if device.type == "cpu":
-            torch._dynamo.maybe_mark_dynamic(columns, 0)  # one graph for all capacities
+            buffers.counts.copy_(counts)
+        if len(self.columns) != num_columns:
+            self.columns = torch.arange(num_columns, device=device)
+            if device.type == "cpu":
+                torch._dynamo.maybe_mark_dynamic(self.columns, 0)  # one graph for all capacities
         with phase(GROWTH):
             places = whole_places(settings, device)
-            self.run(state.forward, state.cache, head, buffers, columns, places, settings)
-        if gained is not None:
-            state.commit(counts)
-        tree = buffers.tree
-        return DraftTree(tree.tokens, tree.parents, tree.depths, tree.ancestors, settings.tree_depth, tree.log_probs)
+            self.run(state.forward, state.cache, head, buffers, self.columns, places, settings)
 
     def _buffers(self, state: Any, batch_size: int) -> DraftBuffers:
         """The buffers, in the lease."""
@@ -168,6 +193,8 @@ class WholeDraft:
             make("roots", ids, 1),
             make("root_features", states, 1, config.hidden_size),
             make("root_positions", ids, 1),
+            make("next_features", states, 1, config.hidden_size),
+            make("next_positions", ids, 1),
             tuple(slots.pointers(device).starts for slots in (state.tokens, state.features)),
             tree,
         )
@@ -194,7 +221,7 @@ def run_draft(
         forward (`DecodingForward`): The drafter.
         cache (`Cache`): What it has read, in fixed buffers.
         head (`TargetHead`): The target's embedding and head.
-        buffers (`DraftBuffers`): What goes in and comes out. `starts` are left behind what was read.
+        buffers (`DraftBuffers`): What goes in and comes out. `starts` are what they were in the end.
         columns (`torch.LongTensor` of shape `(columns,)`): The columns of masks, counted.
         places (`CandidatePlaces`): As [`whole_places`] says.
         settings (`DraftSettings`): Shape of the tree.
@@ -211,8 +238,9 @@ def run_draft(
 def _read(
     forward: DecodingForward, cache: Cache, head: TargetHead, buffers: DraftBuffers, columns: torch.Tensor
 ) -> None:
-    """Read the tokens that were gained; `starts`, `root_features` and `root_positions` move on to the last of them."""
-    embeds, counts = _like(head.embed(buffers.gained), buffers.features), buffers.counts
+    """Read the tokens that were gained; `starts` move on behind them."""
+    embeds, counts = head.embed(buffers.gained), buffers.counts
+    embeds = embeds.to(buffers.features.device, buffers.features.dtype)
     steps = torch.arange(embeds.shape[1], device=columns.device)
     own = buffers.starts[0][:, None] + steps
     seen = shown_columns(bias_of(columns <= own[..., None], embeds.dtype))
@@ -220,8 +248,8 @@ def _read(
     hidden = forward(embeds, buffers.features, seen, places, cache)
     last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, -1, hidden.shape[-1])
     is_new = (counts > 0)[:, None, None]
-    buffers.root_features.copy_(torch.where(is_new, hidden.gather(1, last), buffers.root_features))
-    buffers.root_positions.add_(counts[:, None])
+    buffers.next_features.copy_(torch.where(is_new, hidden.gather(1, last), buffers.root_features))
+    buffers.next_positions.copy_(buffers.root_positions + counts[:, None])
     for starts in buffers.starts:
         starts.add_(counts)
 
@@ -239,27 +267,19 @@ class _Levels:
 
     def first_level(self, num_levels: int, top_k: int) -> SlotLevel:
         buffers = self.buffers
-        positions = buffers.root_positions + torch.arange(1, num_levels + 1, device=self.columns.device)
-        self.places = self.forward.places_of_levels(buffers.root_features, positions)
+        positions = buffers.next_positions + torch.arange(1, num_levels + 1, device=self.columns.device)
+        self.places = self.forward.places_of_levels(buffers.next_features, positions)
         self.num_written = 0
-        return first_level(self.head, buffers.root_features, buffers.starts[0], self.columns.shape[0], top_k)
+        return first_level(self.head, buffers.next_features, buffers.starts[0], self.columns.shape[0], top_k)
 
     def next_level(self, level: SlotLevel, places: list[int], depth: int, top_k: int) -> SlotLevel:
         beams = level.beams(places)
         level = run_level(self.forward, self.cache, self.head, beams, self.places[depth - 1], top_k)
-        self._move(top_k)
+        self.num_written += top_k
+        for starts in self.buffers.starts:
+            starts.add_(top_k)
         return level
 
     def forget_levels(self) -> None:
-        self._move(-self.num_written)
-
-    def _move(self, num_slots: int) -> None:
-        """Let what is written next stand `num_slots` further on."""
-        self.num_written += num_slots
         for starts in self.buffers.starts:
-            starts.add_(num_slots)
-
-
-def _like(values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`values` on the device and in the dtype of another tensor."""
-    return values.to(other.device, other.dtype)
+            starts.sub_(self.buffers.counts + self.num_written)

@@ -44,6 +44,14 @@ class DreamSession(LazySession):
                 gained = None
         return whole(self.state, self.head, root_tokens, gained)
 
+    @property
+    def looks_ahead(self) -> bool:
+        return self.state.whole_draft is not None and not self.pending
+
+    def look_ahead(self, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor) -> None:
+        assert self.state.whole_draft is not None  # it looks ahead
+        self.state.whole_draft.look_ahead(self.state, self.head, tokens, features, counts)
+
     def levels(self) -> DreamLevels:
         self._catch_up()
         return DreamLevels(self.state, self.head)
@@ -78,7 +86,10 @@ class DreamSession(LazySession):
             None if prefill.attention is None else prefill.attention[:, num_read:].to(device),
         )
         if prefill.longest_text is not None:
-            self.state.limit(prefill.longest_text + self.settings.tree_depth * self.settings.tree_top_k + 1)
+            depth, top_k = self.settings.tree_depth, self.settings.tree_top_k
+            self.state.limit(
+                prefill.longest_text + depth * (top_k + 1) + 2
+            )  # a path that is gained, and beams behind it
         end = prefill.real.sum(-1, keepdim=True).to(device)
         self.state.read_prompt(text, self.head.embed(prefill.first_tokens), end, features[:, :num_read])
 

@@ -159,7 +159,9 @@ class DrafterState:
         num_columns = few_sizes(num_columns, self.drafter.device)
         for layer in self._layers:
             layer.reserve(num_columns - layer.slots.end)
-        return num_columns
+        if self.whole_draft is None:
+            return num_columns
+        return min(layer.keys.shape[2] for layer in self._layers)  # which changes less often than the text does
 
     def beams(self, embeds: torch.Tensor, features: torch.Tensor, sees: torch.Tensor, level: int) -> torch.Tensor:
         """Run one level's beams, tentatively: embeds (B, k, H), their parents' features (B, k, H) -> features (B, k, H).
