@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from engine_rows import WAYS, Settings, attempt, measure_row, parse_tree, releas
 from engine_shapes import NARROW, SHAPES, TINY, TINY_RECURRENT, Shape, make_drafter, make_target
 from tqdm.auto import tqdm
 
+from dream_hf import suggested_shape
 from dream_hf.regeneration.journal import write_whole
 
 Key = tuple[int, int]  # prompt length, batch size
@@ -34,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> Results | dict[str, Any]:
     options = parse_options(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     settings = Settings(
-        tree=options.tree, num_steps=options.steps, repeats=options.repeats, with_compiled=not options.no_compiled
+        tree=options.tree,
+        num_steps=options.steps,
+        repeats=options.repeats,
+        with_compiled=not options.no_compiled,
+        is_suggested=options.suggested,
     )
     if options.count:
         return count(options, settings, dtype, device)
@@ -80,10 +86,16 @@ def measure_shape(
 ) -> None:
     """Make one pair of models and measure its rows."""
     models: dict[str, Any] = {}
+    config: dict[str, int] = {}
+    if settings.is_suggested:
+        config = suggested_shape(shape.make_config())
+        depth = config.pop("tree_depth")
+        taus = [tau for tau in settings.taus if tau <= depth]
+        settings = replace(settings, tree=(depth, *settings.tree[1:]), taus=taus)
 
     def make_models() -> dict[str, Any]:
         models["target"] = make_target(shape, device, dtype)
-        models["drafter"] = make_drafter(models["target"], *settings.tree)
+        models["drafter"] = make_drafter(models["target"], *settings.tree, **config)
         return {}
 
     progress.set_description(f"{shape.name}: making weights")
@@ -97,6 +109,7 @@ def measure_shape(
             figures = measure_row(
                 **models, prompt_length=prompt_length, batch=batch, settings=settings, bandwidth=bandwidth
             )
+        figures["tree"], figures["drafter"] = list(settings.tree), config
         row = results.add(shape.name, prompt_length, batch, figures)
         tqdm.write(table([row], settings.taus))
         progress.update()
@@ -114,6 +127,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", type=int, default=[500, 1500, 6000], help="prompt lengths in tokens")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="batch sizes")
     parser.add_argument("--tree", type=parse_tree, default=(6, 4, 32), help="depth/top_k/size (6/4/32)")
+    parser.add_argument("--suggested", action="store_true",
+                        help="drafters and depths that `suggested_shape` gives for each target")  # fmt: skip
     parser.add_argument(
         "--steps", type=int, default=32, help="steps at tau 5; all runs make 5 x this many tokens (32)"
     )

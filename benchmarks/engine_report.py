@@ -44,6 +44,7 @@ def describe(device: torch.device, dtype: torch.dtype, settings: Settings, bandw
             "new_tokens": 1 + settings.num_tokens,
             "repeats": settings.repeats,
             "with_compiled": settings.with_compiled,
+            "is_suggested": settings.is_suggested,
         },
     }
 
@@ -122,7 +123,10 @@ def _cells(row: Mapping[str, Any], way: str, taus: Sequence[float]) -> list[str]
     cells[2] = _number(figures.get("step_ratio"))
     cells[4] = "/".join(f"{100 * figures['split'][part]:.0f}" for part in SPLIT) + " %"
     for tau in taus:
-        entry = figures["at_tau"][f"{tau:g}"]
+        entry = figures["at_tau"].get(f"{tau:g}")
+        if entry is None:  # more than trees of this depth can gain
+            cells.append("-")
+            continue
         flag = "" if entry["is_as_planned"] else f" (got tau {entry['tau']:.2f})"
         cells.append(f"{_number(entry['speedup_over_plain'])} / {_number(entry['speedup_over_compiled'])}{flag}")
     above = figures["bytes_above_plain"]

@@ -38,6 +38,7 @@ class Settings:
         num_steps (`int`): Steps at the largest of them. All ways generate the same number of tokens.
         repeats (`int`): Timed runs of each kind, of which the median counts; one more warms up.
         with_compiled (`bool`): Also measure the compiled ways.
+        is_suggested (`bool`): Drafters and depths are those suggested for each target.
     """
 
     tree: tuple[int, int, int] = (6, 4, 32)
@@ -45,6 +46,7 @@ class Settings:
     num_steps: int = 32
     repeats: int = 1
     with_compiled: bool = True
+    is_suggested: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps <= NUM_SKIPPED:

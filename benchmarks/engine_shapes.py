@@ -161,14 +161,16 @@ def make_target(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     return target
 
 
-def make_drafter(target: Any, depth: int, top_k: int, size: int) -> DreamDrafter:
+def make_drafter(target: Any, depth: int, top_k: int, size: int, **config: int) -> DreamDrafter:
     """An untrained drafter with the target's width, on its device; every tree is grown to its full depth."""
     drafting = {"tree_depth": depth, "tree_top_k": top_k, "tree_size": size}
     never_less = {"tree_min_level_probability": 0.0, "tree_min_node_probability": 0.0}
-    config = DreamConfig.from_target(target.config, **drafting, **never_less)
+    drafter_config = DreamConfig.from_target(target.config, **drafting, **never_less, **config)
     with torch.device(target.device):
-        drafter = DreamDrafter._from_config(config, dtype=target.dtype)
+        drafter = DreamDrafter._from_config(drafter_config, dtype=target.dtype)
     drafter.eval().requires_grad_(False)
+    if drafter.draft_token_ids is not None:  # which ones is all the same for random weights
+        drafter.draft_token_ids.copy_(torch.arange(len(drafter.draft_token_ids)))
     redraw_linear_layers(drafter)
     return drafter
 

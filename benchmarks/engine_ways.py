@@ -134,7 +134,7 @@ def split_step(target: Any, drafter: Drafter, texts: Tensor, prompt_length: int,
     seconds = dict.fromkeys(("target", "drafter", "rest", "planting"), 0.0)
     for path, spent in clock.seconds.items():
         if path[0] == STEP:
-            seconds[PARTS.get(path[1], "rest") if len(path) > 1 else "rest"] += spent
+            seconds[next((PARTS[name] for name in path if name in PARTS), "rest")] += spent
     total = sum(seconds.values())
     return {part: spent / total for part, spent in seconds.items()}
 

@@ -7,7 +7,7 @@ lives in one `_Decoding`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
@@ -190,18 +190,18 @@ class _Decoding:
         features = self.forward.features(outputs)
         logits = outputs.logits[:, : tree.num_nodes].to(dtype=torch.float32, device=self.sequences.ids.device)
         starts = [length - self.sequences.prompt_length for length in self.sequences.lengths]
+        along: torch.Tensor | None = None  # features along the path, where they are known before it is
 
         def look_ahead(acceptance: Acceptance) -> None:
-            if (
-                features is not None
-                and self.session.looks_ahead
-                and not any(is_resting)
-                and not self.schedule.is_paused
-            ):
-                self.session.look_ahead(acceptance.tokens, _at(features, acceptance.path), acceptance.lengths)
+            nonlocal along
+            if features is not None and self._may_look_ahead(is_resting):
+                along = _at(features, acceptance.path)
+                self.session.look_ahead(acceptance.tokens, along, acceptance.lengths)
 
         with phase(ACCEPTANCE):
             accepted = self.sampler.verify(tree, logits, self.sequences, self.stopping, self.recorder, look_ahead)
+        if features is not None:
+            features = _at(features, accepted.path) if along is None else along[:, : accepted.path.shape[1]]
         going_on = [count for row, count in enumerate(accepted.counts) if not self.stopping.is_resting(row)]
         if going_on:  # an end says nothing about the drafter
             self.schedule.note(going_on)
@@ -272,12 +272,19 @@ class _Decoding:
         tree = self.session.draft(self.roots, wanted).to(self.roots.device)
         return tree.cut(most).without(self.unusable_ids)
 
+    def _may_look_ahead(self, is_resting: Sequence[bool]) -> bool:
+        """Whether the next draft may begin now: if it wants to, will be asked for, and nobody looks at outputs any more.
+
+        A compiled draft may overwrite what a compiled forward has returned.
+        """
+        recorder = self.recorder
+        is_seen = recorder.wants_choices or recorder.wants_states or self.drafter.needs.num_likeliest
+        return self.session.looks_ahead and not (is_seen or any(is_resting) or self.schedule.is_paused)
+
     def _verified(
         self, tree: DraftTree, accepted: Accepted, features: torch.Tensor | None, logits: torch.Tensor
     ) -> Verified:
-        """What was gained, with what the drafter needs to see of it."""
-        if features is not None:
-            features = _at(features, accepted.path)
+        """What was gained, `features` (B, P, H) along the path among it, with what the drafter needs to see of it."""
         num_likeliest = self.drafter.needs.num_likeliest
         if not num_likeliest:
             return Verified(accepted.tokens, accepted.counts, features)

@@ -65,6 +65,13 @@ class Recorder:
         """Whether it is recorded what tokens were chosen from."""
         return bool(self.config.return_dict_in_generate and (self.config.output_scores or self.config.output_logits))
 
+    @property
+    def wants_states(self) -> bool:
+        """Whether hidden states or attentions are recorded."""
+        return bool(
+            self.config.return_dict_in_generate and (self.config.output_hidden_states or self.config.output_attentions)
+        )
+
     def add_prefill(self, scores: torch.Tensor, logits: torch.Tensor, outputs: Any) -> None:
         """Record the first token: processed and raw scores (B, V), and the prefill's outputs."""
         if not self.config.return_dict_in_generate:
@@ -89,7 +96,7 @@ class Recorder:
         self, outputs: Any, path: torch.Tensor, starts: Sequence[int], counts: Sequence[int], lengths: Sequence[int]
     ) -> None:
         """Record hidden states and attentions along the paths (B, P); `lengths[b]` slots preceded the tree."""
-        if not self.config.return_dict_in_generate:
+        if not self.wants_states:
             return
         longest = max(lengths)
         for row, count in enumerate(counts):
@@ -144,7 +151,7 @@ class Recorder:
         )
 
     def _table(self, steps: list[list[int]]) -> torch.Tensor:
-        return torch.tensor(steps, dtype=torch.long).view(len(steps), self.batch_size).T
+        return torch.tensor(steps, dtype=torch.long, device="cpu").view(len(steps), self.batch_size).T
 
     def _put(self, entries: list[torch.Tensor], index: int, rows: Sequence[int], values: torch.Tensor) -> None:
         while len(entries) <= index:

@@ -117,7 +117,7 @@ def tree_of(root_tokens: torch.Tensor, rows: Sequence[Nodes]) -> DraftTree:
     log_probs = [[0.0, *map(_log, row.probabilities), *[-math.inf] * n] for row, n in zip(rows, missing, strict=True)]
     deepest = max((depth for row in rows for depth in row.depths), default=0)
     tree = DraftTree.from_parents(torch.tensor(tokens, device=device), torch.tensor(parents, device=device), deepest)
-    return replace(tree, log_probs=torch.tensor(log_probs))
+    return replace(tree, log_probs=torch.tensor(log_probs, device="cpu"))
 
 
 def _log(probability: float) -> float:

@@ -228,7 +228,7 @@ def candidate_places(sizes: tuple[tuple[int, int], ...], device: torch.device) -
     for (num_above, _), (_, num_parents) in pairwise(sizes):
         starts += [above] * num_parents
         above += num_above
-    return CandidatePlaces(torch.tensor(prices).to(device), torch.tensor(starts).to(device))
+    return CandidatePlaces(torch.tensor(prices, device=device), torch.tensor(starts, device=device))
 
 
 def _promising(level: Level, depth: int, settings: DraftSettings, end_ids: frozenset[int]) -> list[int]:

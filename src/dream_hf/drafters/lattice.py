@@ -104,4 +104,4 @@ def _best_paths(
 @lru_cache(maxsize=64)
 def _ends(end_ids: frozenset[int], device: torch.device) -> torch.Tensor:
     """The same as a tensor (n,), which crosses over to the device once."""
-    return torch.tensor(sorted(end_ids), dtype=torch.long).to(device)
+    return torch.tensor(sorted(end_ids), dtype=torch.long, device=device)

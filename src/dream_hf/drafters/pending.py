@@ -32,8 +32,9 @@ class PendingTokens:
         if len(steps) == 1:
             return steps[0]
         tokens, features = (torch.cat(parts, dim=1) for parts in list(zip(*steps, strict=True))[:2])
+        cpu = torch.device("cpu")
         is_gained = torch.cat(
-            [torch.arange(part.shape[1]) < torch.tensor(row.numbers)[:, None] for part, _, row in steps], dim=1
+            [torch.arange(part.shape[1], device=cpu) < row.on(cpu)[:, None] for part, _, row in steps], dim=1
         )
         counts = Counts([sum(row) for row in zip(*(counts for *_, counts in steps), strict=True)])
         order = left_aligned(is_gained)[0][:, : max(counts)]

@@ -36,7 +36,7 @@ def angles_at(
     dtype = torch.promote_types(like.dtype, torch.float32)
     frequencies, positions = frequencies.to(like.device, dtype), positions.to(like.device, dtype)
     if positions.ndim == 3:
-        planes = torch.zeros(len(frequencies), dtype=torch.long) if planes is None else planes
+        planes = torch.zeros(len(frequencies), dtype=torch.long, device=like.device) if planes is None else planes
         positions = positions[planes.to(like.device)].movedim(0, -1)  # (B, T, head_dim / 2)
     else:
         positions = positions[..., None]

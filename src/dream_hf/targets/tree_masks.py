@@ -131,10 +131,11 @@ def takes_tree_masks(name: str) -> bool:
     build_mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name]
     if build_mask is masking_utils.flex_attention_mask:  # takes any, and a while
         return True
+    cpu = torch.device("cpu")
     arguments: dict[str, Any] = {"batch_size": 1, "q_length": 2, "kv_length": 3, "q_offset": 1, "kv_offset": 0}
     arguments |= {"mask_function": _odd_mask_function, "allow_is_causal_skip": False, "attention_mask": None}
-    mask = build_mask(**arguments, use_vmap=False, dtype=torch.float32, device=torch.device("cpu"), config=None)
-    wanted = torch.tensor([[True, True, False], [True, False, True]])
+    mask = build_mask(**arguments, use_vmap=False, dtype=torch.float32, device=cpu, config=None)
+    wanted = torch.tensor([[True, True, False], [True, False, True]], device=cpu)
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and torch.equal(visible(mask)[0, 0], wanted)
 
 

@@ -138,8 +138,8 @@ class _FullTree:
             raise RuntimeError(f"A tree of {len(self.tokens)} nodes was grown from {len(found)} candidates.")
         self.ends = [num_candidates(level, top_k) for level in range(1, len(scores) + 1)]
         # In the precision in which growth ranks them.
-        prices = torch.tensor([LEVEL_PRICE * level for level, part in enumerate(scores) for _ in range(len(part))])
-        self.log_probs, self.scores = found.double().numpy(), (found - prices).double().numpy()
+        prices = [LEVEL_PRICE * level for level, part in enumerate(scores) for _ in range(len(part))]
+        self.log_probs, self.scores = found.double().numpy(), (found - found.new_tensor(prices)).double().numpy()
         starts = [0, *self.ends[:-1]]
         # As growth sees it: the probability of the top-k nodes of a level together, of those that do not end the text.
         probabilities = np.where(np.isin(self.tokens[1:], list(ends)), 0.0, np.exp(self.log_probs))

@@ -194,7 +194,8 @@ def _norm_of(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return partial(rms_norm, normalized_shape=norm.normalized_shape, weight=weight, eps=eps)
     size, dtype = weight.numel(), weight.dtype
-    floor = torch.tensor(math.sqrt(size * (torch.finfo(dtype).eps if eps is None else eps)), dtype=dtype)
+    least = math.sqrt(size * (torch.finfo(dtype).eps if eps is None else eps))
+    floor = torch.tensor(least, dtype=dtype, device=weight.device)
     return partial(_norm_on_cpu, weight=weight * math.sqrt(size), floor=floor)
 
 

@@ -65,9 +65,9 @@ def read_text(target: Target, prefill: Prefill) -> ReadPrompt:
 
 def read_rows(target: Target, rows: Sequence[Sequence[int]]) -> ReadPrompt:
     """Read texts of one token or more, padded on the left."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    width, device = max(map(len, rows)), target.model.device
+    tokens = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return _read(target, tokens, mask, {})
 
 

@@ -161,7 +161,7 @@ class TreeStates:
     def keep(self, path: torch.Tensor | None, counts: Counts) -> None:
         """Let the states move on by the first `counts` (B,) nodes of `path` (B, P) of the tree; or of a chain."""
         if path is None:
-            path = torch.arange(max(counts)).expand(len(counts), -1)
+            path = torch.arange(max(counts), device=self.layers[0].inputs.device).expand(len(counts), -1)
         with phase(CACHE_WORK):
             for layer in self.layers:
                 device = layer.inputs.device
