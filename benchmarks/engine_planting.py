@@ -90,6 +90,10 @@ class PlantingDrafter(DrafterAround):
 
     def __init__(self, drafter: Drafter, texts: Tensor, prompt_length: int, plan: Tensor, num_skipped: int = 0):
         super().__init__(drafter)
+        if drafter.settings.pause_below:
+            raise ValueError(
+                f"`pause_below` ({drafter.settings.pause_below}) must be 0: in a pause steps are taken that are not planned."
+            )
         gained = plan + 1
         roots = prompt_length + gained.cumsum(-1) - gained  # (B, steps); the first one comes out of the prefill
         steps = torch.arange(drafter.settings.tree_depth + 1)

@@ -164,7 +164,7 @@ def make_target(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 def make_drafter(target: Any, depth: int, top_k: int, size: int, **config: int) -> DreamDrafter:
     """An untrained drafter with the target's width, on its device; every tree is grown to its full depth."""
     drafting = {"tree_depth": depth, "tree_top_k": top_k, "tree_size": size}
-    never_less = {"tree_min_level_probability": 0.0, "tree_min_node_probability": 0.0}
+    never_less = {"tree_min_level_probability": 0.0, "tree_min_node_probability": 0.0, "pause_below": 0.0}
     drafter_config = DreamConfig.from_target(target.config, **drafting, **never_less, **config)
     with torch.device(target.device):
         drafter = DreamDrafter._from_config(drafter_config, dtype=target.dtype)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from double import TIGHT
 from families import Inputs, Target, family
+from lossless import untrained
 from oracle import make_oracle, make_plan
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from dream_hf import DreamDrafter
+from dream_hf import CombinedDrafter, DreamDrafter, LayerSkipDrafter, ModelDrafter, RetrievalDrafter
 from dream_hf.targets import attention_statistics as attention
 from dream_hf.targets import target as targets
 from dream_hf.targets import tree_masks
@@ -304,3 +305,17 @@ def test_a_drafter_that_says_nonsense_costs_speed_only():
             return out
 
     assert torch.equal(drafted(target, Nonsense.for_target(target), inputs), plain(target, inputs))
+
+
+def test_tensors_are_made_where_they_belong():
+    """Whoever calls may have another default device: here one that holds nothing, so that no number could be read back."""
+    target = family("llama").make_target()
+    inputs = family("llama").make_inputs(target, 3)
+    expected = plain(target, inputs)
+    pausing, retrieval = untrained(target, pause_below=3.0), RetrievalDrafter(draft_text=expected[:, -NUM_NEW:])
+    drafters = [oracle_for(target, inputs), pausing, retrieval, CombinedDrafter([pausing, retrieval])]
+    drafters += [ModelDrafter(target), LayerSkipDrafter(target, skip=["1.mlp"])]
+    for drafter in drafters:
+        with torch.device("meta"):
+            out = drafted(target, drafter, inputs)
+        assert torch.equal(out, expected)

@@ -21,6 +21,7 @@ from dream_hf.decoding.drafter import DrafterAround
 from dream_hf.decoding.settings import DraftSettings
 from dream_hf.decoding.tree import DraftTree
 from dream_hf.drafters import combined
+from dream_hf.drafters.best_first import best_nodes
 from dream_hf.drafters.opinions import Opinion, Panel, agreed_nodes, opinions_of
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_size": 8}
@@ -213,3 +214,14 @@ def test_settings_and_refusals():
     with pytest.raises(ValueError, match="asked to draft for another model"):
         generate(target, inputs, assistant_model=CombinedDrafter([RetrievalDrafter(), LayerSkipDrafter(other)]))
     assert dream_hf.CombinedDrafter is CombinedDrafter
+
+
+def test_what_cannot_follow_is_left_out():
+    """A drafter may be so sure of one token that others have no probability that a number can hold."""
+    settings = DraftSettings(tree_depth=3, tree_top_k=2, tree_size=8, tree_min_node_probability=0.0)
+
+    def following(state, token, min_share):
+        assert min_share == 0.0
+        return state, [(5, 1.0), (6, 0.0)]
+
+    assert best_nodes(following, None, settings, 3).tokens == [5, 5, 5]

@@ -62,7 +62,7 @@ class _Growth(Generic[State]):
         state, likeliest = self.following(state, token, min_share)
         for follower, share in likeliest[: self.settings.tree_top_k]:
             reached = probability * share
-            if reached < self.settings.tree_min_node_probability:
+            if not reached or reached < self.settings.tree_min_node_probability:
                 break
             self.num_found += 1  # of equally probable ones the first comes first, and states are never compared
             heappush(self.edge, (-reached, self.num_found, follower, parent, depth + 1, state))
