@@ -66,6 +66,20 @@ def test_the_same_trees(name, batch, drafts):
         assert drafts["begin"] == drafts["look_ahead"] + 1
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 5), (1, 4, 4), (2, 3, 60)], ids=["chain", "one level", "all there are"])
+def test_shapes_of_trees(shape):
+    target = family("llama").make_target(dtype=torch.float32)
+    inputs = family("llama").make_inputs(target, 2, text_len=40)
+    drafter = untrained(
+        target, **dict(zip(("tree_depth", "tree_top_k", "tree_size"), shape, strict=True)), **WHOLE_TREE
+    )
+    expected = generate(target, inputs, max_new_tokens=NUM_NEW)
+    eager = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW)
+    out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    assert_same_tokens(expected, out)
+    assert torch.equal(eager.accepted_lengths, out.accepted_lengths)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_drafts_that_began_for_nothing(batch, drafts):
     """Where texts end within what was gained, where rows rest, and where drafting pauses, drafts begin anew or not at all."""
