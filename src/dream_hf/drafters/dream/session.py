@@ -87,9 +87,8 @@ class DreamSession(LazySession):
         )
         if prefill.longest_text is not None:
             depth, top_k = self.settings.tree_depth, self.settings.tree_top_k
-            self.state.limit(
-                prefill.longest_text + depth * (top_k + 1) + 2
-            )  # a path that is gained, and beams behind it
+            # A path that was gained, and beams behind it.
+            self.state.limit(prefill.longest_text + depth * (top_k + 1) + 2)
         end = prefill.real.sum(-1, keepdim=True).to(device)
         self.state.read_prompt(text, self.head.embed(prefill.first_tokens), end, features[:, :num_read])
 
