@@ -13,6 +13,7 @@ import pytest
 import torch
 from double import tolerance
 from families import FAMILIES, family
+from left_behind import left_by_calls
 from lossless import CHAIN, SMALL_TREE, assert_same_tokens, gains, generate, oracle, stop_tokens, untrained
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -26,7 +27,7 @@ from dream_hf.drafters.levels import Beams
 from dream_hf.runtime import compilation as compiling
 from dream_hf.runtime.compilation import Settings, compiled_function
 from dream_hf.runtime.kv_cache import SlotLayer, capacity_for, slot_layers
-from dream_hf.runtime.leases import Lease, idle_leases
+from dream_hf.runtime.leases import Lease
 from dream_hf.runtime.slots import Slots
 
 KEEPS_DOUBLE = False  # and targets in float32, which have no casts to lift
@@ -184,16 +185,7 @@ def test_twenty_calls_find_everything_where_it_was():
     """Addresses of buffers, graphs, memory: what the first call made serves others, with other prompts."""
     target = family("llama").make_target(dtype=torch.float32)
     drafter = untrained(target, tree_depth=3, tree_top_k=2, tree_size=6)
-    torch._dynamo.utils.counters.clear()
-    seen = []
-    for call in range(20):
-        inputs = family("llama").make_inputs(target, seed=call)
-        generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
-        gc.collect()
-        leases = [*idle_leases(target), *idle_leases(drafter)]
-        addresses = sorted(buffer.data_ptr() for lease in leases for buffer in lease.buffers.values())
-        num_tensors = sum(type(each) is torch.Tensor for each in gc.get_objects())
-        seen.append((addresses, torch._dynamo.utils.counters["stats"]["unique_graphs"], num_tensors))
+    seen = left_by_calls(target, drafter, 20, max_new_tokens=NUM_NEW, compile_config=TRACED)
     assert len(seen[1][0]) > 10 and seen[1][1] == 2  # levels, and the target
     assert all(each == seen[1] for each in seen[2:])
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from families import family
+from left_behind import left_by_calls
 from lossless import assert_same_tokens, generate, stop_tokens, untrained
 from transformers import CompileConfig
 
 from dream_hf.drafters.dream.compiled import WholeDraft
 from dream_hf.runtime import crossings, few_queries
-from dream_hf.runtime.leases import idle_leases
 
 KEEPS_DOUBLE = False  # what traces cannot look at callers
 TRACED = CompileConfig(backend="eager", fullgraph=True)
@@ -133,16 +131,7 @@ def test_calls_find_everything_where_it_was():
     """Two graphs serve all steps of all calls, in buffers of the first one."""
     target = family("llama").make_target(dtype=torch.float32)
     drafter = untrained(target, **SMALL)
-    torch._dynamo.utils.counters.clear()
-    seen = []
-    for call in range(6):
-        inputs = family("llama").make_inputs(target, seed=call)
-        generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
-        gc.collect()
-        leases = [*idle_leases(target), *idle_leases(drafter)]
-        addresses = sorted(buffer.data_ptr() for lease in leases for buffer in lease.buffers.values())
-        num_tensors = sum(type(each) is torch.Tensor for each in gc.get_objects())
-        seen.append((addresses, torch._dynamo.utils.counters["stats"]["unique_graphs"], num_tensors))
+    seen = left_by_calls(target, drafter, 6, max_new_tokens=NUM_NEW, compile_config=TRACED)
     assert seen[1][1] == 2  # drafts, and the target
     assert all(each == seen[1] for each in seen[2:])
 
