@@ -148,7 +148,7 @@ def one_by_one(tree: DraftTree, probabilities: Tensor, removes_rejected: bool = 
 ACCEPT_GREEDY, VERIFY = choosing.accept_greedy, Sampler.verify
 
 
-def verify_with_whole_bonus(self: Sampler, tree, logits, texts, ends, recorder) -> Accepted:
+def verify_with_whole_bonus(self: Sampler, tree, logits, texts, ends, recorder, look_ahead) -> Accepted:
     """Draws the bonus token from all of the distribution, rejected children included."""
     scores = self.processors(tree.tokens.view(-1, 1), logits.flatten(0, 1)).view_as(logits)
     emitted = one_by_one(tree, scores.softmax(-1), removes_rejected=False)
@@ -158,7 +158,7 @@ def verify_with_whole_bonus(self: Sampler, tree, logits, texts, ends, recorder) 
         for token in tokens:
             choices[row, node] = token
             node = edges.get((node, token), 0)
-    return choosing._accept(tree, choices, scores, logits, texts, ends, recorder)
+    return choosing._accept(ACCEPT_GREEDY(tree, choices), scores, logits, texts, ends, recorder)
 
 
 def verify_without_processors(self: Sampler, *arguments) -> Accepted:
