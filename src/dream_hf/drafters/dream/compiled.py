@@ -97,6 +97,8 @@ class WholeDraft:
         lease (`Lease`): Where the buffers lie.
     """
 
+    buffers: DraftBuffers  # of the last draft that has begun
+
     def __init__(self, drafter: DreamModel, compilation: CompileSettings, lease: Lease):
         self.run = compiled_function(drafter, run_draft, compilation)
         self.drafter, self.lease = drafter, lease
@@ -122,7 +124,7 @@ class WholeDraft:
             if counts.on(roots.device) is not begun:
                 self.begin(state, head, roots, tokens, features, counts.on(roots.device))
             state.commit(counts)
-        buffers = self._buffers(state, len(roots))
+        buffers = self.buffers
         state.root_features, state.root_positions = buffers.next_features, buffers.next_positions
         tree = buffers.tree
         depth = state.settings.tree_depth
@@ -147,7 +149,7 @@ class WholeDraft:
         """Run the draft below `roots` (B, 1) behind the first `counts` (B,) of `tokens` (B, P); the state stays as it is."""
         settings, device = state.settings, self.drafter.device
         num_columns = state.reserve(settings.tree_depth + 1 + settings.tree_depth * settings.tree_top_k)
-        buffers = self._buffers(state, len(roots))
+        self.buffers = buffers = self._buffers(state, len(roots))
         buffers.roots.copy_(roots)
         if state.root_features is not buffers.root_features:
             buffers.root_features.copy_(state.root_features)
@@ -170,7 +172,8 @@ class WholeDraft:
     def _buffers(self, state: Any, batch_size: int) -> DraftBuffers:
         """The buffers, in the lease."""
         config, settings, device = self.drafter.config, state.settings, self.drafter.device
-        num_nodes, path_size = num_nodes_of(settings) + 1, settings.tree_depth + 1
+        num_candidates = len(whole_places(settings, device).prices)
+        num_nodes, path_size = min(settings.tree_size, num_candidates) + 1, settings.tree_depth + 1
         ids = torch.empty(0, dtype=torch.long, device=device)
         states = torch.empty(0, dtype=self.drafter.dtype, device=device)
         flags = torch.empty(0, dtype=torch.bool, device=device)
@@ -200,12 +203,6 @@ class WholeDraft:
         )
 
 
-def num_nodes_of(settings: DraftSettings) -> int:
-    """How many drafted nodes a tree has of which every level is whole."""
-    top_k = settings.tree_top_k
-    return min(settings.tree_size, top_k + (settings.tree_depth - 1) * top_k**2)
-
-
 def run_draft(
     forward: DecodingForward,
     cache: Cache,
@@ -227,7 +224,7 @@ def run_draft(
         settings (`DraftSettings`): Shape of the tree.
     """
     _read(forward, cache, head, buffers, columns)
-    levels = _Levels(forward, cache, head, buffers, columns, settings)
+    levels = _Levels(forward, cache, head, buffers, columns)
     tree = grow_whole_tree(levels, buffers.roots, settings, places)
     assert tree.log_probs is not None  # growth knows them
     found = (tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.log_probs)
@@ -263,7 +260,6 @@ class _Levels:
     head: TargetHead
     buffers: DraftBuffers
     columns: torch.Tensor
-    settings: DraftSettings
 
     def first_level(self, num_levels: int, top_k: int) -> SlotLevel:
         buffers = self.buffers
