@@ -94,6 +94,18 @@ def test_batches(pair, monkeypatch, capsys):
     assert len(ran["answers"]) == len(TASKS) and printed.count("tokens gained by each step: [") == len(TASKS)
 
 
+def test_answers_in_a_grammar(pair, monkeypatch, capsys):
+    pytest.importorskip("outlines_core", reason="the example's grammar library is not installed")
+    monkeypatch.setattr(dream_hf.demo, "load_pair", lambda: pair, raising=False)
+    ran = run_script(monkeypatch, "constrained.py")
+    printed = capsys.readouterr().out
+    answer = json.loads(printed.splitlines()[0].replace("'", '"'))
+    assert len(answer["shapes"]) > 2 and {shape["shape"] for shape in answer["shapes"]} <= {"circle", "square", "triangle", "star"}
+    assert "the same tokens as plain decoding: True" in printed
+    assert ran["output"].accepted_lengths.max() > 4  # drafts go on under a grammar
+    assert "cross" in plain_answer(pair, ran["question"], ran["picture"])  # which a free answer names
+
+
 # -- FastAPI ----------------------------------------------------------------------------------------------------------
 
 

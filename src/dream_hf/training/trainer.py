@@ -324,9 +324,7 @@ class DreamTrainer(WholeCheckpointTrainer):
         drafter, was_training = self._whole_drafter(), self.model.training
         drafter.eval()
         counts = AcceptanceCounts(drafter.config.tree_depth)
-        ends = end_ids(self.target.model.generation_config)
-        logits = self.way.logits(drafter, self._draft_logits(drafter))
-        head = TargetHead(self._embed, logits, drafter.draft_token_ids, ends)
+        head = self.draft_head(drafter)
         loss = torch.zeros((), device=self.args.device)
         num_items = torch.zeros((), dtype=torch.long, device=self.args.device)
         for raw_inputs in dataloader:
@@ -346,6 +344,12 @@ class DreamTrainer(WholeCheckpointTrainer):
         num_rows = len(dataloader.dataset.dataset)  # type: ignore[attr-defined]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)  # type: ignore[arg-type]
+
+    def draft_head(self, drafter: Any) -> TargetHead:
+        """Embedding and head that a drafter drafts with, as [`replay_decoding`] takes them."""
+        ends = end_ids(self.target.model.generation_config)
+        logits = self.way.logits(drafter, self._draft_logits(drafter))
+        return TargetHead(self._embed, logits, drafter.draft_token_ids, ends)
 
     def _gather_metrics(self, counts: AcceptanceCounts, loss: Tensor, num_items: Tensor) -> dict[str, float]:
         whole = torch.tensor(counts.flat(), device=loss.device)  # int64: exact, and on devices without float64 too
