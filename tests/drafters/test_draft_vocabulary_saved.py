@@ -114,6 +114,8 @@ def test_counts_are_those_of_the_batches_answer_masks():
     assert torch.equal(counts, expected) and counts.sum() > 50
     parts = [count_answer_tokens(rows, processor(), len(expected), range(part, 6, 2)) for part in range(2)]
     assert torch.equal(sum(parts), expected)
+    with torch.device("meta"):  # another default device, which holds nothing
+        assert torch.equal(count_answer_tokens(rows, processor(), len(expected)), expected)
     with pytest.raises(ValueError, match="`vocab_size` is 10"):
         count_answer_tokens(rows, processor(), 10)
 

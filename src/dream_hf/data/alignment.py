@@ -25,7 +25,7 @@ def expand_spans(spans: list[Span], replacements: list[dict[str, Any]]) -> list[
 
 def tokens_in_spans(offsets: Tensor, spans: list[Span]) -> Tensor:
     """Tokens that share a character with one of `spans`: (T, 2) offsets -> (T,) bool. Padding has empty offsets."""
-    mask = torch.zeros(len(offsets), dtype=torch.bool)
+    mask = torch.zeros(len(offsets), dtype=torch.bool, device=offsets.device)
     for start, end in spans:
         mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
     return mask

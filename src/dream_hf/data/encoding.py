@@ -68,7 +68,7 @@ class ConversationEncoder:
         if self.tokenizer is not self.reader.processor:
             options["return_text_replacement_offsets"] = True
         inputs = self.reader.process([row.text for row in rows], [row.images for row in rows], **options)
-        offsets = torch.as_tensor(inputs.pop("offset_mapping"))  # (B, T, 2)
+        offsets = torch.as_tensor(inputs.pop("offset_mapping"), device="cpu")  # (B, T, 2)
         replacements = inputs.pop("text_replacement_offsets", None) or [[] for _ in rows]
         inputs.convert_to_tensors("pt")
         masks = []

@@ -36,7 +36,7 @@ def count_answer_tokens(
     """
     dataset = rows if isinstance(rows, ConversationDataset) else ConversationDataset(rows, name="rows")
     encoder = ConversationEncoder(processing_class)
-    counts = torch.zeros(vocab_size, dtype=torch.long)
+    counts = torch.zeros(vocab_size, dtype=torch.long, device="cpu")
     for index in range(len(dataset)) if indices is None else indices:
         # Whatever is wrong with a row, or with what a template makes of it, is a reason to go without it.
         try:
@@ -57,5 +57,6 @@ def count_answer_tokens(
 def _answer_ids(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> Tensor:
     """The tokens of a conversation's answers, (n,)."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = torch.as_tensor(encoded["offset_mapping"]).view(-1, 2)
-    return torch.as_tensor(encoded["input_ids"], dtype=torch.long)[tokens_in_spans(offsets, spans)]
+    offsets = torch.as_tensor(encoded["offset_mapping"], device="cpu").view(-1, 2)
+    token_ids = torch.as_tensor(encoded["input_ids"], dtype=torch.long, device="cpu")
+    return token_ids[tokens_in_spans(offsets, spans)]

@@ -200,7 +200,7 @@ def to_row(batch: DrafterBatch) -> Row | None:
 def collate_rows(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Rows padded to one length; intermediate features one after the other, as they are in a batch."""
     batch = {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in PER_TOKEN}
-    batch["counts"] = torch.tensor([len(row["token_ids"]) for row in rows])
+    batch["counts"] = torch.tensor([len(row["token_ids"]) for row in rows], device=batch["token_ids"].device)
     if "mid" in rows[0]:
         batch["mid"] = torch.cat([row["mid"] for row in rows])
     return batch
