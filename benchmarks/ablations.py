@@ -1,6 +1,6 @@
 """DREAM's ablations (paper, tables 2 and 3, figure 4) at equal budgets: the same rows, steps, batches and seeds for each.
 
-    python benchmarks/ablations.py benchmarks/recipes/ablations_demo.yaml --work ablations_demo --output benchmarks/results/ablations_demo
+    python benchmarks/ablations.py benchmarks/recipes/ablations_demo.yaml --work WORK --output benchmarks/results/ablations_demo
 
 Every variant of a recipe is trained from nothing and measured on held-out rows: tau, bonus included, of its tree and of its
 chain by replaying the target's answers, and the time of `generate()` over plain decoding's on some of these rows.

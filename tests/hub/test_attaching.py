@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 import transformers.generation.utils
+from readme import readme_command
 from tiny_pair import save_pair, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -84,7 +85,7 @@ def server(tmp_path_factory):
     pytest.importorskip("fastapi", reason="transformers' server needs it: pip install dream-hf[serve]")
     place, port = tmp_path_factory.mktemp("served"), free_port()
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HOME": str(place), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dream_hf", "serve", "--target", "demo", "--drafter", "demo"]
+    command = [sys.executable, "-m", "dream_hf", *readme_command("dream-hf", "serve")[1:]]
     log = (place / "log").open("w")
     process = subprocess.Popen(
         [*command, "--port", str(port), "--device", "cpu"], env=environment, stdout=log, stderr=log

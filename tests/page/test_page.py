@@ -14,6 +14,7 @@ import torch
 from command_line import expected_answer, refusal_in_one_line
 from families import family
 from processors import make_image
+from readme import readme_command
 from tiny_pair import TEMPLATE, save_pair, tiny_drafter, tiny_processor, tiny_target
 
 from dream_hf import RetrievalDrafter
@@ -264,7 +265,8 @@ def test_the_command_serves_a_page(own, monkeypatch, tmp_path):
     if own:
         target, drafter = save_pair(tmp_path)
         pair = ["--target", str(target), "--drafter", str(drafter)]
-    assert main(["demo", "--web", "--port", "1234", "--max-new-tokens", "32", *pair]) == 0
+    command = readme_command("dream-hf", "demo")[1:]
+    assert main([*command, "--port", "1234", "--max-new-tokens", "32", *pair]) == 0
     assert launched == [("page", "localhost", 1234)] and made["max_new_tokens"] == 32
     assert made["is_demo"] is not own and (made["picture"] is None) == own
     assert made["question"] == ("" if own else bundled_picture("scene")[1])

@@ -23,7 +23,9 @@ class BadRows:
 
     def __init__(self, num_rows: int | None, max_bad_rows: int, name: str) -> None:
         self.num_rows, self.max_bad_rows, self.name = num_rows, max_bad_rows, name
-        self.seen = torch.zeros(STREAM_SLOTS if num_rows is None else num_rows, dtype=torch.bool, device="cpu").share_memory_()
+        self.seen = torch.zeros(
+            STREAM_SLOTS if num_rows is None else num_rows, dtype=torch.bool, device="cpu"
+        ).share_memory_()
 
     def __len__(self) -> int:
         return int(self.seen.sum())
