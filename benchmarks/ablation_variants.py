@@ -55,6 +55,7 @@ VARIANTS = {
         "KL only, no feature losses", arguments={"feature_selection": "none", "final_feature_loss_weight": 0.0}
     ),
     "concat": Variant("EAGLE-3: features concatenated to embeddings, one layer", kind="eagle3"),
+    "open_gates": Variant("the cross-attention's gates start open, at 1", {"initial_gate": 1.0}),
     "multi_step": Variant("trained on its own features for three steps", arguments={"rollout_steps": 3}),
     # The paper's Table 3 is relative to all tokens; its rows are here relative to 75%, which is DREAM's own setting.
     "keep_100": _keep(1.0, "attention", (3.53 / 3.68, 5.67 / 5.58)),

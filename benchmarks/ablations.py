@@ -212,9 +212,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     base = measured.get(BASE)
-    for name, seeds in measured.items():
-        if seeds:
-            lines.append(" | ".join(_row(VARIANTS[name], list(seeds.values()), list(base.values()) if base else None)))
+    for name, variant in VARIANTS.items():
+        if runs := list(measured.get(name, {}).values()):
+            lines.append(" | ".join(_row(variant, runs, list(base.values()) if base else None)))
     title = f"# Ablations: {Path(recipe['target']).name}\n\n"
     budget = ", ".join(f"{key} {value}" for key, value in recipe["arguments"].items())
     machine = ", ".join(f"{key} {value}" for key, value in platform.items())

@@ -278,6 +278,11 @@ def test_closed_gates_can_open():
     assert drafter.layers[1].cross_attn_mlp_gate.grad.abs() > 0
 
 
+def test_gates_start_where_the_config_says():
+    opened = DreamDrafter(DreamConfig(**{**make_drafter().config.to_diff_dict(), "initial_gate": 1.0})).layers[1]
+    assert opened.cross_attn_attn_gate.item() == opened.cross_attn_mlp_gate.item() == 1.0
+
+
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()

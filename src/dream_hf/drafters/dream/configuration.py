@@ -39,6 +39,8 @@ class DreamConfig(PreTrainedConfig):
             are often tens of times larger than text embeddings. Off for published checkpoints.
         normalize_features (`bool`): RMS-normalise the features that the cross-attention reads. Off for published
             checkpoints.
+        initial_gate (`float`): Where the gates of the cross-attention start in a new drafter; the paper's code starts them
+            closed, at 0, and a drafter then learns at first without the features.
         legacy (`bool`): Reproduce the published code where nothing is visible to a cross-attention query (the first
             token): a uniform average over the features instead of zeros. Set by the checkpoint converter.
         target (`dict`, *optional*): What the drafter was trained for: `model_type`, `hidden_size`, `vocab_size`,
@@ -103,6 +105,7 @@ class DreamConfig(PreTrainedConfig):
     num_hidden_layers: int | None = None
     normalize_inputs: bool = True
     normalize_features: bool = True
+    initial_gate: float | int = 0.0
     legacy: bool = False
     target: dict | None = None
 

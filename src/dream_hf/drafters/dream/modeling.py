@@ -113,7 +113,7 @@ class DreamSelfAttention(LlamaAttention):
 
 
 class DreamCrossAttentionBlock(GradientCheckpointingLayer):
-    """Cross-attention and an MLP, each behind a tanh gate that starts closed."""
+    """Cross-attention and an MLP, each behind a tanh gate that starts at `config.initial_gate`."""
 
     _can_checkpoint_with_cache = True  # training has one kind of cache, which takes a repeated update
     fixed_in_decoding = ("gates",)
@@ -172,8 +172,8 @@ class DreamPreTrainedModel(StrictPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DreamCrossAttentionBlock):
-            nn.init.zeros_(module.cross_attn_attn_gate)
-            nn.init.zeros_(module.cross_attn_mlp_gate)
+            nn.init.constant_(module.cross_attn_attn_gate, self.config.initial_gate)
+            nn.init.constant_(module.cross_attn_mlp_gate, self.config.initial_gate)
 
 
 class DreamModel(DreamPreTrainedModel):
