@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import dream_hf.benchmark
 from dream_hf import DreamDrafter, DreamTrainingArguments
 from dream_hf.demo import load_pair, make_rows
-from dream_hf.drafters.dream.merging import merge_adapters
+from dream_hf.training.merging import merge_adapters
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, and say where the drafter is."""
-    from ..drafters.dream.merging import merge_adapters
     from ..load_models import source_of
+    from ..training.merging import merge_adapters
 
     base = None if args.base is None else source_of(args.base, "drafter")
     folder = merge_adapters(args.adapters, args.destination, base, base_revision=args.base_revision)
-    print(f"Written: {folder}, a drafter like any other. Its card is {folder / 'README.md'}.")
+    card = f" Its card is {folder / 'README.md'}." if (folder / "README.md").is_file() else ""
+    print(f"Written: {folder}, a drafter like any other.{card}")

@@ -70,6 +70,14 @@ class StrictPreTrainedModel(PreTrainedModel):
         refuse_keys(source or "state_dict", info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         return (model, info) if wants_info else model
 
+    def get_input_embeddings(self) -> Any:
+        """The drafter's own table, which peft asks for; None where the target's is borrowed."""
+        return getattr(self, "embed_tokens", None)
+
+    def get_output_embeddings(self) -> Any:
+        """The drafter's own head, which peft asks for; None where the target's is borrowed."""
+        return getattr(self, "lm_head", None)
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:

@@ -11,9 +11,9 @@ from double import TIGHT
 from safetensors.torch import load_file, save_file
 from tiny_pair import tiny_drafter, tiny_processor, tiny_target
 
-from dream_hf import DreamDrafter
+from dream_hf import DreamDrafter, EagleDrafter, load_drafter
 from dream_hf.cli import main
-from dream_hf.drafters.dream.merging import CONFIG, WEIGHTS, merge_adapters
+from dream_hf.training.merging import CONFIG, WEIGHTS, merge_adapters
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,25 @@ def test_sums_are_made_in_float32_and_saved_in_the_dtype_of_the_base(folders):
     for name, weight in merged.items():
         assert weight.dtype == torch.bfloat16
         torch.testing.assert_close(weight, adapted.get_parameter(name).bfloat16(), **TIGHT)
+
+
+def test_drafters_of_another_kind_are_merged(target, tmp_path, capsys):
+    base = EagleDrafter.for_target(target)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(EagleDrafter.from_pretrained(tmp_path / "base"), lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = load_drafter(tmp_path / "merged", target)
+    weights = dict(adapted.merge_and_unload().named_parameters())
+    for name, weight in merged.named_parameters():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6)
+    assert any(not torch.equal(weight, base.get_parameter(name)) for name, weight in merged.named_parameters())
+    capsys.readouterr()
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
+    message = refusal_in_one_line(capsys, "merge", str(tmp_path / "adapter"), str(tmp_path / "again"))
+    assert "`base`" in message and "'llama'" in message
 
 
 def test_what_cannot_be_merged_is_refused(folders, target, capsys):

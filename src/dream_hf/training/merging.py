@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ...hub.card_content import PROGRESS, RECIPE
-from .drafter import DreamDrafter
+from ..drafters.detection import OUR_MODEL_TYPES
+from ..drafters.published_files import read_published_config
+from ..hub.card_content import PROGRESS, RECIPE
+from ..load_models import load_saved
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
 
@@ -37,7 +39,8 @@ def merge_adapters(
         `Path`: The destination. Sums are made in float32; weights are saved in the dtype of the base.
 
     Raises:
-        ValueError: No adapters, adapters that cannot be merged, of another drafter, or a destination that holds something.
+        ValueError: No adapters, adapters that cannot be merged, of another drafter or of none that was saved here, or a
+            destination that holds something.
         OSError: There is no such base.
     """
     source, destination = Path(adapters).expanduser(), Path(destination).expanduser()
@@ -51,7 +54,7 @@ def merge_adapters(
         raise ValueError(
             f"`adapters` ({str(source)!r}) do not name the drafter they were trained on; give it as `base`."
         )
-    drafter: Any = DreamDrafter.from_pretrained(named, revision=base_revision)
+    drafter = _load_base(os.fspath(named), base_revision)
     dtype = drafter.dtype
     merged = _merge(drafter.float(), source, str(named)).to(dtype)
     merged.config.name_or_path = str(destination)
@@ -76,6 +79,17 @@ def _read_config(source: Path) -> Any:
             f"`adapters` ({str(source)!r}) are of the kind {config.peft_type.value}, which changes no weights."
         )
     return config
+
+
+def _load_base(source: str, revision: str | None) -> Any:
+    """The drafter that adapters were trained on, of any kind that is saved here."""
+    config = read_published_config(source, revision=revision)
+    if config.get("model_type") not in OUR_MODEL_TYPES:
+        raise ValueError(
+            f"`base` ({source!r}) is of the kind {config.get('model_type')!r}, which no adapters are trained on here; load it "
+            "with `load_drafter`, save it, and name that folder."
+        )
+    return load_saved(source, config, "auto", revision)
 
 
 def _merge(drafter: Any, source: Path, base: str) -> Any:
