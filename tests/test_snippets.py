@@ -8,6 +8,7 @@ import torch
 from tiny_pair import picture_row, tiny_processor, tiny_target
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import dream_hf
 import dream_hf.benchmark
 from dream_hf import DreamDrafter, DreamTrainingArguments
 from dream_hf.demo import load_pair, make_rows
@@ -50,6 +51,15 @@ def question_about_a_page(processor):
     row = make_rows("text", 1, 1_700_000)[0]
     prompt = processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)
     return processor(text=prompt, images=row["images"][0], return_tensors="pt")
+
+
+def test_getting_started(pair, monkeypatch):
+    target, drafter, processor = pair
+    monkeypatch.setattr(dream_hf, "load_drafter", lambda name, loaded_for: drafter if loaded_for is target else None)
+    inputs = question_about_a_page(processor)
+    ran = run("docs/index.md", {"target": target, "inputs": inputs})
+    assert torch.equal(ran["output"], target.generate(**inputs, max_new_tokens=256))
+    assert ran["tau"] > 1.1 and ran["drafter"] is drafter
 
 
 def test_retrieval_guide(pair, tmp_path, monkeypatch):
