@@ -15,7 +15,7 @@ class Variant:
         config (`dict`): Fields of the drafter's config that differ from the recipe's.
         arguments (`dict`): Training arguments that differ from the recipe's.
         kind (`str`): `drafter_type` as `dream-hf train` takes it.
-        paper (`tuple[float, float]`, *optional*): Speedup and tau over DREAM's own, where the paper gives them.
+        paper (`tuple[float, float]`, *optional*): Speedup and tau over DREAM's own, where the paper gives them (tables 2, 3).
         needs_pictures (`bool`): Whether it changes nothing for a target without pictures.
     """
 
