@@ -54,7 +54,7 @@ def main() -> None:
                 continue
             print(f"{name}, seed {seed}", flush=True)
             results["variants"][name][str(seed)] = measure(models, recipe, name, seed, options.work)
-            write_whole(options.output / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+            write_whole(options.output / "results.json", (json.dumps(results) + "\n").encode())
             write_whole(options.output / "results.md", table(results).encode())
     print(table(results))
 
