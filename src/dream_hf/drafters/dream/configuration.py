@@ -40,7 +40,8 @@ class DreamConfig(PreTrainedConfig):
         normalize_features (`bool`): RMS-normalise the features that the cross-attention reads. Off for published
             checkpoints.
         initial_gate (`float`): Where the gates of the cross-attention start in a new drafter; the paper's code starts them
-            closed, at 0, and a drafter then learns at first without the features.
+            closed, at 0, and a drafter then learns at first without the features. Open ones, at 1, learned
+            sooner (docs/training.md).
         legacy (`bool`): Reproduce the published code where nothing is visible to a cross-attention query (the first
             token): a uniform average over the features instead of zeros. Set by the checkpoint converter.
         target (`dict`, *optional*): What the drafter was trained for: `model_type`, `hidden_size`, `vocab_size`,
