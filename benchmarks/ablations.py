@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from ablation_variants import BASE, VARIANTS, Variant
 from platforms import describe_platform
 from transformers import set_seed
 
+from dream_hf.benchmark.measure import measure as measure_call
+from dream_hf.benchmark.methods import drafted, sampling
 from dream_hf.benchmark.statistics import bootstrap_interval, ratio_of_totals
 from dream_hf.benchmark.tasks import load_prompts
-from dream_hf.data.prompts import PromptEncoder, on_model
-from dream_hf.drafters.new_drafters import check_config_names
+from dream_hf.data.prompts import PromptEncoder
 from dream_hf.load_models import Models, load_models
 from dream_hf.regeneration.journal import write_whole
 from dream_hf.training.acceptance_metrics import AcceptanceCounts, replay_decoding
@@ -119,7 +121,8 @@ def train(
     kind = NEW[variant.kind]
     config = {**recipe["drafter_config"], **variant.config}
     if variant.kind != "dream":  # the recipe's fields are DREAM's
-        config = {key: value for key, value in config.items() if _has(kind, key)}
+        known = {each.name for each in fields(kind.config_class)}
+        config = {key: value for key, value in config.items() if key in known}
     arguments = {**recipe["arguments"], **variant.arguments}
     args = DreamTrainingArguments(
         output_dir=str(work / run),
@@ -144,14 +147,6 @@ def train(
     return trainer, time.perf_counter() - started
 
 
-def _has(kind: Any, name: str) -> bool:
-    try:
-        check_config_names(kind.config_class, [name])
-    except ValueError:
-        return False
-    return True
-
-
 def _features_of(variant: Variant) -> str:
     """A name for what a variant reads of the target; variants that read the same share a cache."""
     reads = [f"{key}={value}" for key, value in {**variant.config, **variant.arguments}.items()]
@@ -173,24 +168,20 @@ def replay(trainer: DreamTrainer, drafter: Any) -> list[list[int]]:
 
 def timed(models: Models, drafter: Any, recipe: dict[str, Any]) -> dict[str, list[Any]]:
     """Seconds of plain decoding and of decoding with a drafter, in turns, on some of the held-out rows."""
-    options = {"do_sample": False, "max_new_tokens": recipe["timed"]["max_new_tokens"]}
-    results: dict[str, list[Any]] = {"plain_seconds": [], "seconds": [], "is_same": []}
-    prompts = list(_prompts(models, recipe))
-    for inputs in (prompts[0], *prompts):  # the first one twice: what is made once is made
-        started = time.perf_counter()
-        plain = models.target.generate(**inputs, **options)
-        between = time.perf_counter()
-        drafted: Any = models.target.generate(**inputs, **options, assistant_model=drafter)
-        results["seconds"].append(time.perf_counter() - between)
-        results["plain_seconds"].append(between - started)
-        results["is_same"].append(torch.equal(plain, drafted))
-    return {name: values[1:] for name, values in results.items()}
-
-
-def _prompts(models: Models, recipe: dict[str, Any]) -> Iterator[Any]:
+    plainly = {**sampling(0.0), "max_new_tokens": recipe["timed"]["max_new_tokens"]}
+    with_drafter = {**plainly, **drafted(drafter)}
     encoder = PromptEncoder(models.processor)
-    for prompt in load_prompts(recipe["eval_dataset"], recipe["timed"]["rows"]):
-        yield on_model(encoder.encode([(prompt.messages, prompt.images)]), models.target)
+    chosen = load_prompts(recipe["eval_dataset"], recipe["timed"]["rows"])
+    prompts = [encoder.encode([(prompt.messages, prompt.images)]) for prompt in chosen]
+    pairs = [
+        [measure_call(models.target, inputs, arguments) for arguments in (plainly, with_drafter)]
+        for inputs in (prompts[0], *prompts)  # the first one twice: what is made once is made
+    ][1:]
+    return {
+        "plain_seconds": [plain.seconds for plain, _ in pairs],
+        "seconds": [run.seconds for _, run in pairs],
+        "is_same": [run.rows == plain.rows for plain, run in pairs],
+    }
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -100,12 +100,8 @@ def test_answers_in_a_grammar(pair, monkeypatch, capsys):
     ran = run_script(monkeypatch, "constrained.py")
     printed = capsys.readouterr().out
     answer = json.loads(printed.splitlines()[0].replace("'", '"'))
-    assert len(answer["shapes"]) > 2 and {shape["shape"] for shape in answer["shapes"]} <= {
-        "circle",
-        "square",
-        "triangle",
-        "star",
-    }
+    named = {shape["shape"] for shape in answer["shapes"]}
+    assert len(answer["shapes"]) > 2 and named <= {"circle", "square", "triangle", "star"}
     assert "the same tokens as plain decoding: True" in printed
     assert ran["output"].accepted_lengths.max() > 4  # drafts go on under a grammar
     assert "cross" in plain_answer(pair, ran["question"], ran["picture"])  # which a free answer names
