@@ -20,8 +20,8 @@ from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import openai
 from platforms import describe_platform
 
 from dream_hf.demo import TASKS
@@ -32,6 +32,8 @@ PATIENCE = 180  # seconds until the server must answer
 
 def main() -> None:
     options = parse_options()
+    from openai import OpenAI  # here, so that `--help` works without it
+
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -39,8 +41,8 @@ def main() -> None:
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen([*command, "--port", str(port)], **quiet)
     try:
-        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=600)
-        wait_for(client, server)
+        wait_for(f"http://localhost:{port}/v1/models", server)
+        client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=600)
         samples = ask(client, server.pid, options)
     finally:
         server.send_signal(signal.SIGINT)
@@ -66,14 +68,14 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def wait_for(client: Any, server: Any) -> None:
-    """Until the server answers."""
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Until the server answers there."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            client.models.list()
+            urlopen(url, timeout=PATIENCE).close()
             return
-        except openai.OpenAIError:
+        except OSError:
             if server.poll() is not None or time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
