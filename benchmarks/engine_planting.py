@@ -115,14 +115,24 @@ class _PlantingSession(DraftSession):
 
     def __init__(self, planting: PlantingDrafter, inner: DraftSession, vocab_size: int):
         self.planting, self.inner, self.vocab_size = planting, inner, vocab_size
+        self.ahead: tuple[DraftTree, DraftTree] | None = None  # as drafted and as planted, before it is asked for
 
     def draft(self, root_tokens: Tensor, max_depth: int | None = None) -> DraftTree:
-        planting, step = self.planting, self.planting.num_steps
-        if step == planting.num_skipped:
-            synchronize(root_tokens.device)
+        ahead, self.ahead = self.ahead, None
+        if ahead is None:
+            self._begin_step(root_tokens.device)
+        tree = self.inner.draft(root_tokens)  # a whole one, also where the text ends soon
+        return ahead[1] if ahead is not None and tree is ahead[0] else self._plant(tree)
+
+    def _begin_step(self, device: torch.device) -> None:
+        planting = self.planting
+        if planting.num_steps == planting.num_skipped:
+            synchronize(device)
             planting.started_at = time.perf_counter()
         planting.num_steps += 1
-        tree = self.inner.draft(root_tokens)  # a whole one, also where the text ends soon
+
+    def _plant(self, tree: DraftTree) -> DraftTree:
+        planting, step = self.planting, self.planting.num_steps - 1
         if step >= len(planting.accepted):  # some step was accepted less far than planned, which the caller will see
             return tree
         with phase(PLANTING):
@@ -135,5 +145,8 @@ class _PlantingSession(DraftSession):
     def looks_ahead(self) -> bool:
         return self.inner.looks_ahead
 
-    def look_ahead(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        self.inner.look_ahead(tokens, features, counts)
+    def look_ahead(self, tokens: Tensor, features: Tensor, counts: Tensor) -> DraftTree:
+        self._begin_step(tokens.device)
+        drafted = self.inner.look_ahead(tokens, features, counts)
+        self.ahead = drafted, self._plant(drafted)
+        return self.ahead[1]

@@ -158,7 +158,8 @@ def verify_with_whole_bonus(self: Sampler, tree, logits, texts, ends, recorder, 
         for token in tokens:
             choices[row, node] = token
             node = edges.get((node, token), 0)
-    return choosing._accept(ACCEPT_GREEDY(tree, choices), scores, logits, texts, ends, recorder)
+    acceptance = ACCEPT_GREEDY(tree, choices)
+    return choosing._accept(acceptance, acceptance.fetch()(), scores, logits, texts, ends, recorder)
 
 
 def verify_without_processors(self: Sampler, *arguments) -> Accepted:

@@ -25,6 +25,7 @@ from dream_hf.drafters import growth as drafting
 from dream_hf.drafters import masked_attention
 from dream_hf.drafters.levels import Beams
 from dream_hf.runtime import compilation as compiling
+from dream_hf.runtime import few_queries
 from dream_hf.runtime.compilation import Settings, compiled_function
 from dream_hf.runtime.kv_cache import SlotLayer, capacity_for, slot_layers
 from dream_hf.runtime.leases import Lease
@@ -86,6 +87,19 @@ def test_shapes_of_trees(name, shape):
         out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
         assert_same_tokens(expected, out)
     assert [each.is_broken for each in compiled_of(target)] == [False]
+
+
+def test_under_a_default_device(monkeypatch):
+    """`torch.set_default_device` is a mode that watches all functions, and that the compiler does not see through everywhere."""
+    monkeypatch.setattr(few_queries, "_is_for_accelerator", lambda query: torch.compiler.is_compiling())
+    target = family("llama").make_target(dtype=torch.float32)
+    inputs = family("llama").make_inputs(target, text_len=40)
+    drafter = untrained(target, **SMALL_TREE)
+    expected = generate(target, inputs, max_new_tokens=NUM_NEW)
+    with torch.device("cpu"):
+        out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    assert_same_tokens(expected, out)
+    assert [each.is_broken for model in (target, drafter) for each in compiled_of(model)] == [False, False]
 
 
 @pytest.mark.parametrize("name", OWN_KINDS)

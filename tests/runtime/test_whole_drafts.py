@@ -9,6 +9,7 @@ from left_behind import left_by_calls
 from lossless import assert_same_tokens, generate, stop_tokens, untrained
 from transformers import CompileConfig
 
+from dream_hf.decoding.target_forward import CompiledTargetForward
 from dream_hf.drafters.dream.compiled import WholeDraft
 from dream_hf.runtime import crossings, few_queries
 
@@ -46,9 +47,28 @@ def drafts(monkeypatch) -> dict[str, int]:
     return counts
 
 
+@pytest.fixture
+def forwards(monkeypatch) -> dict[str, int]:
+    """How many of the target's forwards over trees were run, and how many of them were begun ahead."""
+    counts = {"_run": 0, "look_ahead": 0}
+
+    def counted(name):
+        own = getattr(CompiledTargetForward, name)
+
+        def count(self, *args):
+            counts[name] += 1
+            return own(self, *args)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(CompiledTargetForward, name, counted(name))
+    return counts
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_trees(name, batch, drafts):
+def test_the_same_trees(name, batch, drafts, forwards):
     """As many tokens gained in each step as with eager drafts, level by level; each is begun before anybody waits."""
     target = family(name).make_target(dtype=torch.float32)
     inputs = family(name).make_inputs(target, batch, text_len=40)
@@ -60,8 +80,12 @@ def test_the_same_trees(name, batch, drafts):
     assert torch.equal(eager.accepted_lengths, out.accepted_lengths)
     assert int(out.accepted_lengths.max()) > 1
     assert drafts["__call__"] > 10 and drafts["look_ahead"] > drafts["__call__"] * 0.7  # but for rows that rest
+    assert (
+        forwards["look_ahead"] > drafts["__call__"] * 0.4
+    )  # those of the last steps do not know how deep they may go
     if batch == 1:  # all but the first were there when they were asked for
         assert drafts["begin"] == drafts["look_ahead"] + 1
+        assert forwards["_run"] == out.accepted_lengths.shape[1]
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 5), (1, 4, 4), (2, 3, 60)], ids=["chain", "one level", "all there are"])
@@ -79,8 +103,8 @@ def test_shapes_of_trees(shape):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_drafts_that_began_for_nothing(batch, drafts):
-    """Where texts end within what was gained, where rows rest, and where drafting pauses, drafts begin anew or not at all."""
+def test_what_began_for_nothing(batch, drafts, forwards):
+    """Where texts end within what was gained, where rows rest, and where drafting pauses, steps begin anew or not at all."""
     target = family("llama").make_target(dtype=torch.float32)
     inputs = family("llama").make_inputs(target, batch, text_len=40)
     stops = {"eos_token_id": stop_tokens(generate(target, inputs, max_new_tokens=NUM_NEW).sequences)}
@@ -92,25 +116,27 @@ def test_drafts_that_began_for_nothing(batch, drafts):
         )
         assert_same_tokens(expected, out)
     assert drafts["begin"] > drafts["look_ahead"]
+    assert 0 < forwards["look_ahead"] < forwards["_run"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_second_turn_goes_on(batch, drafts):
-    """The first turn ends with a draft that has begun; the second reads on behind what was kept."""
+def test_a_second_turn_goes_on(batch, drafts, forwards):
+    """The first turn ends with a step that has begun; the second reads on behind what was kept."""
     target = family("llama").make_target(dtype=torch.float32)
     inputs = family("llama").make_inputs(target, batch, text_len=40)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     drafter = untrained(target, **SMALL)
     more, outs = torch.full((batch, 5), 7), []
+    stops = {"eos_token_id": stop_tokens(generate(target, inputs, max_new_tokens=40).sequences)[:1]}
     for extra in ({}, {"assistant_model": drafter}, {"assistant_model": drafter, "compile_config": TRACED}):
-        first = generate(target, inputs, max_new_tokens=13, **extra)
+        first = generate(target, inputs, max_new_tokens=40, **stops, **extra)
         ids = torch.cat([first.sequences, more], dim=1)
         again = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": first.past_key_values}
         outs.append(generate(target, again, max_new_tokens=17, **extra))
     plain, eager, out = outs
     assert_same_tokens(plain, out)
     assert torch.equal(eager.accepted_lengths, out.accepted_lengths)
-    assert drafts["__call__"] > 4
+    assert drafts["__call__"] > 4 and forwards["look_ahead"]
 
 
 def test_what_is_looked_at_is_there(drafts):

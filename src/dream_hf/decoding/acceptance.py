@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..runtime import crossings
 from .tree import DraftTree
 
 
@@ -24,10 +26,10 @@ class Acceptance:
     tokens: torch.Tensor
     lengths: torch.Tensor
 
-    def tolist(self) -> list[list[int]]:
-        """The tokens each row gained, in one transfer to the host."""
-        rows = torch.cat([self.lengths[:, None], self.tokens], dim=1).tolist()
-        return [row[1 : row[0] + 1] for row in rows]
+    def fetch(self) -> Callable[[], list[list[int]]]:
+        """Send the tokens each row gained to the host, in one transfer; what is returned waits for them."""
+        rows = crossings.fetch(torch.cat([self.lengths[:, None], self.tokens], dim=1))
+        return lambda: [row[1 : row[0] + 1] for row in rows()]
 
 
 def accept_greedy(tree: DraftTree, choices: torch.Tensor) -> Acceptance:  # choices: (B, N)

@@ -137,12 +137,16 @@ class DraftSession:
         """Whether [`look_ahead`] is wanted now."""
         return False
 
-    def look_ahead(self, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor) -> None:
+    def look_ahead(self, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor) -> DraftTree:
         """Begin the next draft while the host has yet to hear what a step gains; [`read`] says it afterwards.
 
         Most likely the first `counts` (B,) of `tokens` (B, T), with the `features` (B, T, layers * H) they were chosen from:
         then `read` gets these very counts. It may be less, where a text ends.
+
+        Returns:
+            `DraftTree`: What [`draft`] returns then, the same object, if it is that.
         """
+        raise NotImplementedError
 
     def draft(self, root_tokens: torch.Tensor, max_depth: int | None = None) -> DraftTree:
         """A tree below the last token of each row, (B, 1), of at most `max_depth` levels; 0 for the root alone.

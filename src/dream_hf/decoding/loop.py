@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,6 +139,7 @@ class _Decoding:
         self.schedule = DraftSchedule(drafter.settings.pause_below)
         self.unusable_ids = target.unusable_ids()
         self.session = DraftSession()  # of nobody, until the drafter has one
+        self.begun: _Begun | None = None
 
     # --- the phases ---
 
@@ -184,9 +186,7 @@ class _Decoding:
     def step(self) -> None:
         """Draft a tree, verify it, keep a path, tell the drafter what was gained."""
         is_resting = [self.stopping.is_resting(row) for row in range(len(self.sequences.lengths))]
-        tree = self._draft()
-        self.forward.record.clear()  # of what processors made the target do (guidance)
-        outputs = self.forward(tree)
+        tree, outputs = self._verifiable()
         features = self.forward.features(outputs)
         logits = outputs.logits[:, : tree.num_nodes].to(dtype=torch.float32, device=self.sequences.ids.device)
         starts = [length - self.sequences.prompt_length for length in self.sequences.lengths]
@@ -196,7 +196,8 @@ class _Decoding:
             nonlocal along
             if features is not None and self._may_look_ahead(is_resting):
                 along = _at(features, acceptance.path)
-                self.session.look_ahead(acceptance.tokens, along, acceptance.lengths)
+                drafted = self.session.look_ahead(acceptance.tokens, along, acceptance.lengths)
+                self.begun = self._begin(drafted, acceptance)
 
         with phase(ACCEPTANCE):
             accepted = self.sampler.verify(tree, logits, self.sequences, self.stopping, self.recorder, look_ahead)
@@ -261,16 +262,36 @@ class _Decoding:
 
     # --- the parts ---
 
-    def _draft(self) -> DraftTree:
-        """A tree below the last tokens, no deeper than can be of use, of tokens that the target can take."""
-        if self.schedule.is_paused:
-            return DraftTree.chain(self.roots)
-        depth, schedule = self.drafter.settings.tree_depth, self.schedule.max_depth
-        limits = [depth, self.forward.positions_left(), self.stopping.levels_left(self.sequences)]
-        most = min(limit for limit in limits if limit is not None)
-        wanted = most if schedule is None else min(most, schedule)
-        tree = self.session.draft(self.roots, wanted).to(self.roots.device)
-        return tree.cut(most).without(self.unusable_ids)
+    def _verifiable(self) -> tuple[DraftTree, Any]:
+        """A tree below the last tokens, no deeper than can be of use, and the target's outputs for it."""
+        begun, self.begun = self.begun, None
+        tree = DraftTree.chain(self.roots)
+        if not self.schedule.is_paused:
+            depth, schedule = self.drafter.settings.tree_depth, self.schedule.max_depth
+            limits = [depth, self.forward.positions_left(), self.stopping.levels_left(self.sequences)]
+            most = min(limit for limit in limits if limit is not None)
+            drafted = self.session.draft(self.roots, most if schedule is None else min(most, schedule))
+            if begun is not None and drafted is begun.drafted:
+                return begun.tree, begun.outputs
+            tree = self._usable(drafted).cut(most)
+        self.forward.record.clear()  # of what processors made the target do (guidance)
+        return tree, self.forward(tree)
+
+    def _usable(self, drafted: DraftTree) -> DraftTree:
+        """A drafted tree where the target can read it, of tokens that the target can take."""
+        return drafted.to(self.roots.device).without(self.unusable_ids)
+
+    def _begin(self, drafted: DraftTree, acceptance: Acceptance) -> _Begun | None:
+        """The next step, if it may begin: whatever is gained in this one, its tree must not be too deep."""
+        forward, limit = self.forward, self.stopping.max_length
+        if not forward.looks_ahead:
+            return None
+        left = [forward.positions_left(), None if limit is None else limit - 1 - max(self.sequences.lengths)]
+        needed = acceptance.path.shape[1] + drafted.max_depth
+        if any(levels is not None and levels < needed for levels in left):
+            return None
+        tree = self._usable(drafted)
+        return _Begun(drafted, tree, forward.look_ahead(tree, acceptance.path, acceptance.lengths))
 
     def _may_look_ahead(self, is_resting: Sequence[bool]) -> bool:
         """Whether the next draft may begin now: if it wants to, will be asked for, and nobody looks at outputs any more.
@@ -297,6 +318,15 @@ class _Decoding:
         self.sequences.append(rows, tokens)
         scores = self.recorder.scores if self.recorder.wants_scores else None
         self.stopping.look(self.sequences, rows, tokens, rows, scores)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that began before the host heard what the last one gained: its tree as drafted and as verified, the outputs."""
+
+    drafted: DraftTree
+    tree: DraftTree
+    outputs: Any
 
 
 def _at(features: torch.Tensor, path: torch.Tensor) -> torch.Tensor:

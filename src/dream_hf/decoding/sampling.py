@@ -149,12 +149,14 @@ class Sampler:
         if stopping.others or self.in_step:
             return _ChosenWalk(self, tree, logits, sequences, stopping, recorder, scores, choices).run()
         acceptance = accept_greedy(tree, choices)
+        arriving = acceptance.fetch()
         look_ahead(acceptance)
-        return _accept(acceptance, scores, logits, sequences, stopping, recorder)
+        return _accept(acceptance, arriving(), scores, logits, sequences, stopping, recorder)
 
 
 def _accept(
     acceptance: Acceptance,
+    gained: list[list[int]],  # its tokens, on the host
     scores: torch.Tensor,  # (B, N, V)
     logits: torch.Tensor,  # (B, N, V)
     sequences: Sequences,
@@ -163,7 +165,6 @@ def _accept(
 ) -> Accepted:
     """Keep what follows from choices that nobody has to be asked about."""
     starts = list(sequences.lengths)
-    gained = acceptance.tolist()
     kept = [
         0 if stopping.is_resting(row) else stopping.cut(row, starts[row], tokens) for row, tokens in enumerate(gained)
     ]

@@ -115,6 +115,19 @@ class TargetForward:
             self._check_states()
             return outputs
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether [`look_ahead`] is of use."""
+        return False
+
+    def look_ahead(self, tree: DraftTree, path: torch.Tensor, counts: torch.Tensor) -> Any:
+        """The outputs for the next tree while the host has yet to hear what is kept of the last one; [`commit`] says it then.
+
+        Most likely the first `counts` (B,) nodes of `path` (B, P). It may be fewer, where a text ends: then the outputs are
+        of no use.
+        """
+        raise NotImplementedError
+
     def draft(self, tokens: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor) -> Any:
         """The outputs for `tokens` (B, Q), the last of N nodes whose others stand in the tentative slots, where these go, too.
 
@@ -144,7 +157,8 @@ class TargetForward:
     def commit(self, path: torch.Tensor | None, counts: Sequence[int]) -> None:
         """Let the verified text go on by the first `counts` (B,) nodes of `path` (B, P), from the root down; or of a chain."""
         counts = Counts.of(counts)
-        if path is not None and max(counts) > 1:  # the root is where it belongs, and so is a chain
+        is_kept = self.slots.ahead is not None  # by the forward that has begun
+        if path is not None and max(counts) > 1 and not is_kept:  # the root is where it belongs, and so is a chain
             self.keep(path)
         if self.states.layers and any(counts):
             self.states.keep(path, counts)
@@ -175,7 +189,7 @@ class TargetForward:
         """
         kwargs, num_new = dict(self.kwargs), tokens.shape[1]
         if self.prompt_mask is not None:
-            num_slots = self.slots.longest + depths.shape[1] - self.prompt_mask.shape[1]
+            num_slots = self.slots.reach + depths.shape[1] - self.prompt_mask.shape[1]
             kwargs["attention_mask"] = torch.nn.functional.pad(self.prompt_mask, (0, num_slots), value=1)
         if self.root_positions is not None:
             ahead = (lengths - self.prompt_slots)[:, None] + depths[:, -num_new:]
@@ -268,6 +282,15 @@ class CompiledTargetForward(TargetForward):
     def features(self, outputs: Any) -> torch.Tensor | None:
         parts = [outputs.hidden_states[index] for index in self.hidden_states]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
+
+    @property
+    def looks_ahead(self) -> bool:
+        return crossings.reads_wait(self.target.model.device)  # else there is nothing to wait for
+
+    def look_ahead(self, tree: DraftTree, path: torch.Tensor, counts: torch.Tensor) -> Any:
+        with phase(CACHE_WORK):
+            self.slots.go_ahead(path, counts)
+        return self(tree)
 
     def keep(self, path: torch.Tensor) -> None:
         with phase(CACHE_WORK):

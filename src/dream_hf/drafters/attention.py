@@ -80,7 +80,7 @@ def rotated(states: Tensor, angles: Angles) -> Tensor:
 
 def split_heads(projected: Tensor, attention: Any) -> Tensor:
     """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
-    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    return torch.unflatten(projected, -1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def turned_heads(attention: Any, hidden: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:

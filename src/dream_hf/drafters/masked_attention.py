@@ -85,9 +85,9 @@ def attend_own(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> t
     num_queries, num_groups = queries.shape[2], keys.shape[1]
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
-        grouped = queries.to(dtype).unflatten(1, (num_groups, -1)).transpose(2, 3)  # (B, g, M, h / g, d)
+        grouped = torch.unflatten(queries.to(dtype), 1, (num_groups, -1)).transpose(2, 3)  # (B, g, M, h / g, d)
         keys, values = (
-            states.to(dtype).unflatten(2, (-1, num_queries)).transpose(2, 3)  # (B, g, M, depth, d)
+            torch.unflatten(states.to(dtype), 2, (-1, num_queries)).transpose(2, 3)  # (B, g, M, depth, d)
             for states in (keys, values)
         )
         scores = scale * grouped @ keys.mT

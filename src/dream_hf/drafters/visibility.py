@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..runtime.few_queries import attend_by_products, products_pay
+from ..runtime.few_queries import aligned_count, attend_by_products, products_pay
 from .masked_attention import (
     SINK_COLUMNS,
     aligned_bias,
@@ -72,15 +72,16 @@ class Biased(Visibility):
     bias: Tensor
 
     def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        return nn.functional.pad(self.bias[:, 0] == 0, (0, num_keys - self.bias.shape[-1]))  # which may cut
+        return pad(self.bias[:, 0] == 0, (0, num_keys - self.bias.shape[-1]))  # which may cut
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, unseen: Tensor | None, scale: float, dropout: float
     ) -> Tensor:
         num_columns = min(self.bias.shape[-1], keys.shape[2])
         if not dropout and products_pay(queries, keys):
-            seen = (keys[:, :, :num_columns], values[:, :, :num_columns], self.bias[..., :num_columns])
-            return attend_by_products(queries, *seen, scale)
+            num_columns = min(aligned_count(num_columns), keys.shape[2])
+            bias = pad(self.bias, (0, num_columns - self.bias.shape[-1]), value=-torch.inf)  # which may cut
+            return attend_by_products(queries, keys[:, :, :num_columns], values[:, :, :num_columns], bias, scale)
         return scaled_dot_product_attention(
             queries,
             keys[:, :, :num_columns],

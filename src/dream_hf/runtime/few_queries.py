@@ -15,6 +15,9 @@ from torch import Tensor
 
 MOST_BLOCKS = 64  # half the processors of an H100 or H200
 BLOCK = 128  # queries that a block takes
+ALIGNED = (
+    8  # keys: where a row of weights does not start at a multiple of 16 bytes, products take several times as long
+)
 
 
 def products_pay(query: Tensor, key: Tensor) -> bool:
@@ -24,19 +27,24 @@ def products_pay(query: Tensor, key: Tensor) -> bool:
     return _is_for_accelerator(query) and batch * num_groups * -(-num_queries // BLOCK) <= MOST_BLOCKS
 
 
+def aligned_count(num_keys: int) -> int:
+    """The number of keys, at least `num_keys`, that products are fast with."""
+    return -(-num_keys // ALIGNED) * ALIGNED
+
+
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """Attention of `query` (B, h, Q, d) to keys and values (B, g, K, d), each of which h / g heads share: (B, h, Q, d).
 
     `mask` (B, 1, Q, K) is True, or 0, where a key is seen; else False, or what is added to scores.
     """
     num_groups, num_sharing = key.shape[1], query.shape[1] // key.shape[1]
-    asked = query.unflatten(1, (num_groups, num_sharing)).flatten(2, 3)
-    scores = torch.matmul(asked, key.transpose(2, 3)).unflatten(2, (num_sharing, -1))  # (B, g, h / g, Q, K)
+    asked = torch.unflatten(query, 1, (num_groups, num_sharing)).flatten(2, 3)
+    scores = torch.unflatten(asked @ key.mT, 2, (num_sharing, -1))  # (B, g, h / g, Q, K)
     scores = scores.float() * (query.shape[-1] ** -0.5 if scale is None else scale)
     seen = mask.unsqueeze(2)
     scores = torch.where(seen, scores, -torch.inf) if mask.dtype == torch.bool else scores + seen
     weights = scores.softmax(-1).to(query.dtype).flatten(2, 3)
-    return torch.matmul(weights, value).unflatten(2, (num_sharing, -1)).flatten(1, 2)
+    return torch.unflatten(weights @ value, 2, (num_sharing, -1)).flatten(1, 2)
 
 
 def _is_for_accelerator(query: Tensor) -> bool:

@@ -56,11 +56,14 @@ class Slots:
         self.limit, self.path_size = limit, path_size
         self.lease, self.name = lease, name
         self.tentative = 0  # slots after the verified ones that hold something, equal for all rows
+        self.ahead: torch.Tensor | None = None  # (B,), what devices take for verified, too, and the host will hear of
+        self.most_ahead = 0  # how much that may be
         self._pointers: dict[torch.device, Pointers] = {}
         self.place(lengths)
 
     def place(self, lengths: Sequence[int]) -> None:
         """Set the verified slots of each row."""
+        self.ahead, self.most_ahead = None, 0
         self._counts = Counts.of(lengths)
         self.lengths = self._counts.numbers
         self.longest, self.shortest = max(self.lengths), min(self.lengths)
@@ -69,13 +72,19 @@ class Slots:
             pointers.end.fill_(self.longest)
 
     @property
+    def reach(self) -> int:
+        """First slot that no row's verified tokens can have got to."""
+        return self.longest + self.most_ahead
+
+    @property
     def end(self) -> int:
         """First slot that no row uses."""
-        return self.longest + self.tentative
+        return self.reach + self.tentative
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """`lengths` on a device, (B,)."""
-        return self._counts.on(device)
+        """`lengths` on a device, (B,), and what is verified there already."""
+        lengths = self._counts.on(device)
+        return lengths if self.ahead is None else lengths + self.ahead.to(device)
 
     def extend(self, num_slots: int) -> None:
         """Take note of `num_slots` tentative slots written by a forward pass, in every layer."""
@@ -86,7 +95,7 @@ class Slots:
     def commit(self, counts: Sequence[int]) -> None:
         """Verify the first `counts` tentative slots of each row and take the others back."""
         self.rollback()
-        if any(counts):
+        if any(counts) or self.ahead is not None:
             self.place(self._counts.plus(Counts.of(counts)))
 
     def rollback(self) -> None:
@@ -115,6 +124,14 @@ class Slots:
             steps = torch.arange(path.shape[1], device=device)
             pointers.moved_from.copy_(pointers.starts[:, None] + here)
             pointers.moved_to.copy_(pointers.starts[:, None] + torch.nn.functional.pad(steps, (0, missing)))
+
+    def go_ahead(self, path: torch.Tensor, counts: torch.Tensor) -> None:
+        """Keep `path` (B, P), and let devices stand behind the first `counts` (B,) of it, until `commit` or `place`."""
+        self.keep(path)
+        self.ahead, self.most_ahead = counts, path.shape[1]
+        for pointers in self._pointers.values():
+            pointers.starts.add_(counts.to(pointers.starts.device))
+            pointers.end.copy_(pointers.starts.max())
 
     def settle(self) -> None:
         """Take note that every layer has made its move."""

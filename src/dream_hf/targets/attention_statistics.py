@@ -104,7 +104,7 @@ def _probabilities(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    groups = query.to(key.dtype).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # keys are shared, not repeated
+    groups = torch.unflatten(query.to(key.dtype), 1, (key.shape[1], -1)).flatten(2, 3)  # keys are shared, not repeated
     scores = (groups @ key).mul_(scaling).view(*query.shape[:3], -1)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)

@@ -103,12 +103,12 @@ def _knows_groups(device: torch.device) -> bool:
 
 def folded(states: Tensor, num_sharing: int) -> Tensor:
     """(B, h, Q, d) -> (B, g, h / g * Q, d)."""
-    return states.unflatten(1, (-1, num_sharing)).flatten(2, 3)
+    return torch.unflatten(states, 1, (-1, num_sharing)).flatten(2, 3)
 
 
 def unfolded(states: Tensor, num_sharing: int) -> Tensor:
     """(B, g, h / g * Q, n) -> (B, h, Q, n)."""
-    return states.unflatten(2, (num_sharing, -1)).flatten(1, 2)
+    return torch.unflatten(states, 2, (num_sharing, -1)).flatten(1, 2)
 
 
 def _repeat(mask: Tensor, num_sharing: int) -> Tensor:

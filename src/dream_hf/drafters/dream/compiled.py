@@ -103,7 +103,7 @@ class WholeDraft:
         self.run = compiled_function(drafter, run_draft, compilation)
         self.drafter, self.lease = drafter, lease
         self.columns = torch.empty(0, device=drafter.device)
-        self.begun: torch.Tensor | None = None  # the counts with which a draft has begun that nobody has asked for yet
+        self.begun: tuple[torch.Tensor, DraftTree] | None = None  # a draft nobody has asked for yet, and its counts
 
     def __call__(self, state: Any, head: TargetHead, roots: torch.Tensor, gained: Gained | None) -> DraftTree:
         """A tree of all levels below the `roots` (B, 1), behind what was gained, which the state has read then.
@@ -116,26 +116,24 @@ class WholeDraft:
             roots (`torch.LongTensor` of shape `(B, 1)`): The last token of each row.
             gained (`tuple`, *optional*): Tokens (B, P or fewer), the features they were chosen from, and [`Counts`].
         """
-        begun, self.begun = self.begun, None
+        (begun, tree), self.begun = self.begun or (None, None), None
         if gained is None:
-            self.begin(state, head, roots)
+            tree = self.begin(state, head, roots)
         else:
             tokens, features, counts = gained
-            if counts.on(roots.device) is not begun:
-                self.begin(state, head, roots, tokens, features, counts.on(roots.device))
+            if tree is None or counts.on(roots.device) is not begun:
+                tree = self.begin(state, head, roots, tokens, features, counts.on(roots.device))
             state.commit(counts)
-        buffers = self.buffers
-        state.root_features, state.root_positions = buffers.next_features, buffers.next_positions
-        tree = buffers.tree
-        depth = state.settings.tree_depth
-        return DraftTree(tree.tokens, tree.parents, tree.depths, tree.ancestors, depth, tree.log_probs)
+        state.root_features, state.root_positions = self.buffers.next_features, self.buffers.next_positions
+        return tree
 
     def look_ahead(
         self, state: Any, head: TargetHead, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor
-    ) -> None:
+    ) -> DraftTree:
         """Begin the draft behind the first `counts` (B,) of `tokens` (B, P), whether or not that is what is gained."""
-        self.begin(state, head, tokens.gather(1, counts[:, None] - 1), tokens, features, counts)
-        self.begun = counts
+        tree = self.begin(state, head, tokens.gather(1, counts[:, None] - 1), tokens, features, counts)
+        self.begun = counts, tree
+        return tree
 
     def begin(
         self,
@@ -145,7 +143,7 @@ class WholeDraft:
         tokens: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
-    ) -> None:
+    ) -> DraftTree:
         """Run the draft below `roots` (B, 1) behind the first `counts` (B,) of `tokens` (B, P); the state stays as it is."""
         settings, device = state.settings, self.drafter.device
         num_columns = state.reserve(settings.tree_depth + 1 + settings.tree_depth * settings.tree_top_k)
@@ -168,6 +166,8 @@ class WholeDraft:
         with phase(GROWTH):
             places = whole_places(settings, device)
             self.run(state.forward, state.cache, head, buffers, self.columns, places, settings)
+        tree = buffers.tree
+        return DraftTree(tree.tokens, tree.parents, tree.depths, tree.ancestors, settings.tree_depth, tree.log_probs)
 
     def _buffers(self, state: Any, batch_size: int) -> DraftBuffers:
         """The buffers, in the lease."""

@@ -48,9 +48,9 @@ class DreamSession(LazySession):
     def looks_ahead(self) -> bool:
         return self.state.whole_draft is not None and not self.pending
 
-    def look_ahead(self, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor) -> None:
+    def look_ahead(self, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor) -> DraftTree:
         assert self.state.whole_draft is not None  # it looks ahead
-        self.state.whole_draft.look_ahead(self.state, self.head, tokens, features, counts)
+        return self.state.whole_draft.look_ahead(self.state, self.head, tokens, features, counts)
 
     def levels(self) -> DreamLevels:
         self._catch_up()

@@ -51,7 +51,9 @@ class ImageAdaptor(nn.Module):
     def forward(self, embeds: Tensor) -> Tensor:
         """(N, H) -> (Q, H)."""
         num_heads, head_dim = self.queries.shape[1:]
-        keys, values = (project(embeds).unflatten(-1, (num_heads, head_dim)) for project in (self.k_proj, self.v_proj))
+        keys, values = (
+            torch.unflatten(project(embeds), -1, (num_heads, head_dim)) for project in (self.k_proj, self.v_proj)
+        )
         scores = torch.einsum("qhd,nhd->hqn", self.queries, keys) / head_dim**0.5
         return self.o_proj(torch.einsum("hqn,nhd->qhd", scores.softmax(-1), values).flatten(1))
 

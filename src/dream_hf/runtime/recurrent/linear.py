@@ -71,14 +71,14 @@ def over_tree(
     """
     num_groups = keys.shape[1]
     decays = ancestors[:, None].to(log_decays.dtype) @ log_decays
-    values, summed, before = (part.unflatten(1, (num_groups, -1)) for part in (values, decays, state))
+    values, summed, before = (torch.unflatten(part, 1, (num_groups, -1)) for part in (values, decays, state))
     queries, keys = queries[:, :, None], keys[:, :, None]
     between = (summed[..., :, None, :] - summed[..., None, :, :]).masked_fill(
         ~ancestors[:, None, None, ..., None], -torch.inf
     )
     between, since_root = between.exp(), summed.exp()
     if betas is not None:
-        betas = betas.unflatten(1, (num_groups, -1))[..., None]
+        betas = torch.unflatten(betas, 1, (num_groups, -1))[..., None]
         read = (keys * since_root) @ before
         system = betas * _decayed_product(keys, keys, between)
         values = torch.linalg.solve_triangular(system, betas * (values - read), upper=False, unitriangular=True)
