@@ -45,7 +45,7 @@ def test_greedy_and_walking_follow_the_target_s_choices(num_nodes, seed):
         length = int(acceptance.lengths[row])
         assert acceptance.path[row, :length].tolist() == path
         assert acceptance.path[row, length:].sum() == 0
-        assert acceptance.tolist()[row] == tokens
+        assert acceptance.fetch()()[row] == tokens
         assert verdict.path[row].tolist() == path + [0] * (verdict.path.shape[1] - length)
         assert verdict.tokens[row, : verdict.counts[row]].tolist() == tokens
 
@@ -54,13 +54,13 @@ def test_the_whole_of_a_chain_is_accepted_with_a_bonus():
     tokens = torch.tensor([[9, 5, 6, 7]])
     tree = DraftTree.from_parents(tokens, torch.tensor([[0, 0, 1, 2]]), 3)
     acceptance = accept_greedy(tree, torch.tensor([[5, 6, 7, 8]]))
-    assert acceptance.path.tolist() == [[0, 1, 2, 3]] and acceptance.tolist() == [[5, 6, 7, 8]]
+    assert acceptance.path.tolist() == [[0, 1, 2, 3]] and acceptance.fetch()() == [[5, 6, 7, 8]]
 
 
 def test_a_matching_node_below_a_rejected_one_is_rejected():
     tree = DraftTree.from_parents(torch.tensor([[9, 5, 6]]), torch.tensor([[0, 0, 1]]), 2)
     acceptance = accept_greedy(tree, torch.tensor([[4, 6, 0]]))
-    assert acceptance.tolist() == [[4]]
+    assert acceptance.fetch()() == [[4]]
 
 
 class Choices(LogitsProcessor):
@@ -156,7 +156,7 @@ def exact_distribution(tree: DraftTree, probabilities: torch.Tensor) -> dict[tup
         ),
         max_depth=tree.max_depth,
     )
-    for tokens, weight in zip(accept_greedy(many, draws).tolist(), weights.tolist(), strict=True):
+    for tokens, weight in zip(accept_greedy(many, draws).fetch()(), weights.tolist(), strict=True):
         found[tuple(tokens)] = found.get(tuple(tokens), 0.0) + weight
     return found
 
@@ -190,7 +190,7 @@ def test_accept_sampled_has_the_target_s_distribution(seed):
         max_depth=tree.max_depth,
     )
     counts: dict[tuple[int, ...], int] = {}
-    for tokens in accept_sampled(many, probabilities.expand(num_rows, -1, -1), generator).tolist():
+    for tokens in accept_sampled(many, probabilities.expand(num_rows, -1, -1), generator).fetch()():
         counts[tuple(tokens)] = counts.get(tuple(tokens), 0) + 1
     exact = {o: sequence_probabilities(tree, probabilities, list(o)) for o in outcomes(tree)}
     exact = {outcome: p for outcome, p in exact.items() if p > 0}
