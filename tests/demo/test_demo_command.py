@@ -13,6 +13,7 @@ from tiny_pair import save_pair
 from dream_hf.benchmark.comparison import Comparison
 from dream_hf.benchmark.measure import Measurement
 from dream_hf.cli import answer_card, main
+from dream_hf.decoding import loop
 from dream_hf.demo import TASKS, load_pair, make_rows, pictures
 from dream_hf.load_models import BUNDLED
 
@@ -49,6 +50,16 @@ def test_demo_json(bundled, folders, capsys):
     assert report["speedup"] == pytest.approx(report["plain_seconds"] / report["dream_seconds"])
     gains = report["accepted_lengths"]
     assert report["tau"] == pytest.approx(sum(gains) / len(gains)) and sum(gains) == report["num_tokens"] - 1
+
+
+def test_demo_compiled(bundled, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(loop, "compile_settings", lambda target, drafter, *_: compiled.append(drafter.settings.compile))
+    for option in ([], ["--compile"]):
+        assert main(["demo", "--json", "--max-new-tokens", "6", "--repeats", "1", *option]) == 0
+        assert json.loads(capsys.readouterr().out)["identical"] is True
+        assert set(compiled) == {bool(option)}
+        compiled.clear()
 
 
 def test_demo_streams_both_answers_and_sums_up(bundled, folders, capsys):

@@ -1,5 +1,6 @@
 """A target's folder with a drafter in it: what loads it decodes with the drafter, in programs and behind a server."""
 
+import json
 import os
 import signal
 import socket
@@ -59,6 +60,22 @@ def test_a_target_decodes_with_the_drafter_beside_it(pair, trusting, tmp_path, c
     more = {"max_new_tokens": 4, "do_sample": False}
     elsewhere = plain.generate(expected, custom_generate=str(folder), trust_remote_code=True, **more)
     assert torch.equal(elsewhere, plain.generate(expected, **more))
+
+
+def test_it_drafts_by_the_settings_that_lie_beside_it(pair, trusting, tmp_path):
+    prompts = tiny_processor().tokenizer(["a red circle"], return_tensors="pt")
+    settings = {**prompts, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    seen = []
+    for depth in (1, 3):
+        folder = attach(*pair, tmp_path / f"by {depth}", settings={"tree_depth": depth})
+        target = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        seen.append(target.generate(**settings).drafted_lengths.max())
+    assert seen[0] < seen[1]
+    assert main(["attach", *map(str, pair), str(tmp_path / "compiled"), "--compile"]) == 0
+    assert json.loads((tmp_path / "compiled/drafter/draft_settings.json").read_text()) == {"compile": True}
+    with pytest.raises(ValueError, match="tree_deep"):
+        attach(*pair, tmp_path / "wrong", settings={"tree_deep": 1})
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_what_cannot_be_attached_is_refused(pair, tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import files_of_drafter
+from .options import add_compile, files_of_drafter
 
 HELP = "Write a target's folder with a drafter in it, which `transformers serve` and others then decode with."
 EXAMPLE = (
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of the target on the Hub")
     parser.add_argument("--drafter-revision", help="revision of the drafter on the Hub")
     parser.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
+    add_compile(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
         revision=args.revision,
         drafter_revision=drafter_revision,
         copies=args.copy,
+        settings={"compile": True} if args.compile else None,
     )
     print(f"Written: {folder}. Whatever loads it with trust_remote_code=True decodes with the drafter, for instance:")
     print(f"  transformers serve {folder} --trust-remote-code")

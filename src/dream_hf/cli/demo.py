@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import DRAFTERS, add_json, add_placement, open_picture, quiet, whole_number
+from .options import DRAFTERS, add_compile, add_json, add_placement, open_picture, quiet, whole_number
 
 if TYPE_CHECKING:
     from ..load_models import Models
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="a target of your own instead of the bundled one; needs --drafter")
     parser.add_argument("--drafter", help=f"its drafter: {DRAFTERS}")
     add_placement(parser)
+    add_compile(parser)
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: auto")
     parser.add_argument("--save", metavar="FILE", help="write a picture of the image, the answer and each step's gain")
     parser.add_argument("--font", metavar="FILE", help="font of the saved picture; Pillow's own by default")
@@ -103,7 +105,7 @@ def _load(args: argparse.Namespace) -> Models:
     if args.target is None and isinstance(pick_dtype(args.dtype), str):
         raise ValueError(f"`--dtype` ({args.dtype!r}) must be float32, bfloat16 or float16 for the bundled pair.")
     is_here = args.device is None and args.target_device_map is None
-    return load_models(
+    models = load_models(
         args.target or DEMO,
         args.drafter or DEMO,
         dtype=args.dtype,
@@ -111,6 +113,7 @@ def _load(args: argparse.Namespace) -> Models:
         quantization=args.target_quantization,
         device_map=args.target_device_map,
     )
+    return replace(models, drafter=models.drafter.with_settings(compile=True)) if args.compile else models
 
 
 def _serve_page(args: argparse.Namespace) -> None:

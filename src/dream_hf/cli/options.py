@@ -58,6 +58,15 @@ def add_placement(group: Any) -> None:
     )
 
 
+def add_compile(parser: Any) -> None:
+    """`--compile`."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile decoding: the first answers wait for the compiler, later ones are faster, on accelerators several times",
+    )
+
+
 def load(args: argparse.Namespace) -> Any:
     """The models that the options of [`add_models`] name."""
     from ..load_models import load_models

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .options import add_models, files_of_drafter
+from .options import add_compile, add_models, files_of_drafter
 
 HELP = "Serve a target with a drafter: transformers' own server, with an API like OpenAI's."
 EXAMPLE = (
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         is_drafter_needed=True,
         drafter='folder or Hub id of a drafter; "demo" is the bundled one, "mtp" the target\'s own',
     )
+    add_compile(parser)
     parser.add_argument("--host", default="localhost", help="address to listen at (localhost)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
     parser.add_argument("--log-level", default="info", help="info shows the tokens and tau of each answer (info)")
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace) -> None:
     # The server calls a model by the path that it finds it under, and clients have to.
     name = Path(args.target).resolve().name if Path(args.target).is_dir() else args.target
     with tempfile.TemporaryDirectory(prefix="dream-hf-") as place:
-        attach(target, drafter, Path(place, name), revision=args.revision, drafter_revision=drafter_revision)
+        settings = {"compile": True} if args.compile else None
+        revisions = {"revision": args.revision, "drafter_revision": drafter_revision}
+        attach(target, drafter, Path(place, name), **revisions, settings=settings)
         os.chdir(place)
         Serve(
             force_model=name,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from ..decoding.settings import DraftSettings
 from .downloads import HUB_ERRORS, explain_failure
 from .publishing import add_custom_generate
 
-BESIDE = "drafter"  # the folder that custom_generate/generate.py looks into
+BESIDE, SETTINGS = (
+    "drafter",
+    "draft_settings.json",
+)  # the folder that custom_generate/generate.py looks into, and a file in it
 # Of a target, which has safetensors.
 NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.gguf"]
 
@@ -24,6 +31,7 @@ def attach(
     revision: str | None = None,
     drafter_revision: str | None = None,
     copies: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a folder that holds a target, a drafter, and the code by which the first decodes with the second.
 
@@ -38,24 +46,29 @@ def attach(
         revision (`str`, *optional*): Revision of the target on the Hub.
         drafter_revision (`str`, *optional*): Revision of the drafter on the Hub.
         copies (`bool`): Copy the files; by default they are linked to where they are.
+        settings (`Mapping`, *optional*): Fields of [`DraftSettings`] to draft by instead of the drafter's own, for example
+            `{"compile": True}`.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: The folder holds something already, or one of the others holds no model.
+        ValueError: The folder holds something already, one of the others holds no model, or a setting has no meaning.
         OSError: The Hub refused or could not be reached.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` ({str(folder)!r}) holds something already; name one that is new or empty.")
     own = _files_of(target, "target", revision)
+    DraftSettings().changed(**settings or {})  # before anything is downloaded or written
     is_own = (drafter, drafter_revision) == (target, revision)  # a target that brings a drafter of its own
     theirs = own if is_own else _files_of(drafter, "drafter", drafter_revision)
     for destination, source in ((folder, own), (folder / BESIDE, theirs)):
         _put(source, destination, copies)
     shutil.rmtree(folder / "custom_generate", ignore_errors=True)  # a link to the target's own, if it has one
     add_custom_generate(folder)
+    if settings:
+        (folder / BESIDE / SETTINGS).write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
     return folder
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 MOST_BLOCKS = 64  # half the processors of an H100 or H200
 BLOCK = 128  # queries that a block takes
-ALIGNED = (
-    8  # keys: where a row of weights does not start at a multiple of 16 bytes, products take several times as long
-)
+ALIGNED = 8  # keys: where rows of weights do not start at multiples of 16 bytes, products take several times as long
 
 
 def products_pay(query: Tensor, key: Tensor) -> bool:

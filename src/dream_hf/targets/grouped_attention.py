@@ -102,7 +102,10 @@ def _knows_groups(device: torch.device) -> bool:
 
 
 def folded(states: Tensor, num_sharing: int) -> Tensor:
-    """(B, h, Q, d) -> (B, g, h / g * Q, d)."""
+    """(B, h, Q, d) -> (B, g, h / g * Q, d).
+
+    The function, not the tensor's method: under a default device the compiler does not see through that.
+    """
     return torch.unflatten(states, 1, (-1, num_sharing)).flatten(2, 3)
 
 

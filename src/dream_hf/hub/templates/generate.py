@@ -6,6 +6,7 @@ calls `generate()` again with that drafter as the assistant. In a target's own f
 by `save_pretrained` and `dream-hf attach`.
 """
 
+import json
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from huggingface_hub import snapshot_download
 from dream_hf import DreamDrafter, load_drafter
 
 LOADING_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-BESIDE = "drafter"  # where a target's repo has its drafter
+BESIDE, SETTINGS = "drafter", "draft_settings.json"  # where a target's repo has its drafter, and how it is to draft
 
 # target -> (key, drafter): a drafter is kept as long as its target, so that only the first call loads it.
 _drafters: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -70,4 +71,5 @@ def _load(model, source, loading, is_beside):
         return DreamDrafter.from_pretrained(source, dtype=model.dtype, **loading).to(model.device)
     if not os.path.isdir(source):
         source = snapshot_download(source, allow_patterns=f"{BESIDE}/*", **loading)
-    return load_drafter(os.path.join(source, BESIDE), model)
+    drafter, settings = load_drafter(os.path.join(source, BESIDE), model), Path(source, BESIDE, SETTINGS)
+    return drafter.with_settings(**json.loads(settings.read_text("utf-8"))) if settings.is_file() else drafter
