@@ -54,7 +54,9 @@ def test_demo_json(bundled, folders, capsys):
 
 def test_demo_compiled(bundled, capsys, monkeypatch):
     compiled = []
-    monkeypatch.setattr(loop, "compile_settings", lambda target, drafter, *_: compiled.append(drafter.settings.compile))
+    monkeypatch.setattr(
+        loop, "compile_settings", lambda target, drafter, *_: compiled.append(drafter.settings.compile)
+    )
     for option in ([], ["--compile"]):
         assert main(["demo", "--json", "--max-new-tokens", "6", "--repeats", "1", *option]) == 0
         assert json.loads(capsys.readouterr().out)["identical"] is True

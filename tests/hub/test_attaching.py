@@ -64,7 +64,13 @@ def test_a_target_decodes_with_the_drafter_beside_it(pair, trusting, tmp_path, c
 
 def test_it_drafts_by_the_settings_that_lie_beside_it(pair, trusting, tmp_path):
     prompts = tiny_processor().tokenizer(["a red circle"], return_tensors="pt")
-    settings = {**prompts, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    settings = {
+        **prompts,
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
     seen = []
     for depth in (1, 3):
         folder = attach(*pair, tmp_path / f"by {depth}", settings={"tree_depth": depth})

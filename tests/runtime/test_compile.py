@@ -90,7 +90,7 @@ def test_shapes_of_trees(name, shape):
 
 
 def test_under_a_default_device(monkeypatch):
-    """`torch.set_default_device` is a mode that watches all functions, and that the compiler does not see through everywhere."""
+    """`torch.set_default_device` is a mode that watches all functions; the compiler does not see through it everywhere."""
     monkeypatch.setattr(few_queries, "_is_for_accelerator", lambda query: torch.compiler.is_compiling())
     target = family("llama").make_target(dtype=torch.float32)
     inputs = family("llama").make_inputs(target, text_len=40)
@@ -199,7 +199,7 @@ def test_twenty_calls_find_everything_where_it_was():
     """Addresses of buffers, graphs, memory: what the first call made serves others, with other prompts."""
     target = family("llama").make_target(dtype=torch.float32)
     drafter = untrained(target, tree_depth=3, tree_top_k=2, tree_size=6)
-    seen = left_by_calls(target, drafter, 20, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    seen = left_by_calls(target, drafter, 20, max_new_tokens=16, compile_config=TRACED)
     assert len(seen[1][0]) > 10 and seen[1][1] == 2  # levels, and the target
     assert all(each == seen[1] for each in seen[2:])
 

@@ -28,13 +28,12 @@ def waiting(monkeypatch):
     monkeypatch.setattr(crossings, "reads_wait", lambda device: True)
 
 
-@pytest.fixture
-def drafts(monkeypatch) -> dict[str, int]:
-    """How many whole drafts were asked for, begun, and begun ahead."""
-    counts = {"__call__": 0, "begin": 0, "look_ahead": 0}
+def counted(monkeypatch, owner: type, *names: str) -> dict[str, int]:
+    """How often methods of a class are called from now on."""
+    counts = dict.fromkeys(names, 0)
 
-    def counted(name):
-        own = getattr(WholeDraft, name)
+    def counting(name):
+        own = getattr(owner, name)
 
         def count(self, *args):
             counts[name] += 1
@@ -42,28 +41,21 @@ def drafts(monkeypatch) -> dict[str, int]:
 
         return count
 
-    for name in counts:
-        monkeypatch.setattr(WholeDraft, name, counted(name))
+    for name in names:
+        monkeypatch.setattr(owner, name, counting(name))
     return counts
+
+
+@pytest.fixture
+def drafts(monkeypatch) -> dict[str, int]:
+    """How many whole drafts were asked for, begun, and begun ahead."""
+    return counted(monkeypatch, WholeDraft, "__call__", "begin", "look_ahead")
 
 
 @pytest.fixture
 def forwards(monkeypatch) -> dict[str, int]:
     """How many of the target's forwards over trees were run, and how many of them were begun ahead."""
-    counts = {"_run": 0, "look_ahead": 0}
-
-    def counted(name):
-        own = getattr(CompiledTargetForward, name)
-
-        def count(self, *args):
-            counts[name] += 1
-            return own(self, *args)
-
-        return count
-
-    for name in counts:
-        monkeypatch.setattr(CompiledTargetForward, name, counted(name))
-    return counts
+    return counted(monkeypatch, CompiledTargetForward, "_run", "look_ahead")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -157,7 +149,7 @@ def test_calls_find_everything_where_it_was():
     """Two graphs serve all steps of all calls, in buffers of the first one."""
     target = family("llama").make_target(dtype=torch.float32)
     drafter = untrained(target, **SMALL)
-    seen = left_by_calls(target, drafter, 6, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    seen = left_by_calls(target, drafter, 6, max_new_tokens=16, compile_config=TRACED)
     assert seen[1][1] == 2  # drafts, and the target
     assert all(each == seen[1] for each in seen[2:])
 
