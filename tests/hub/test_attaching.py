@@ -79,6 +79,9 @@ def test_it_drafts_by_the_settings_that_lie_beside_it(pair, trusting, tmp_path):
     assert seen[0] < seen[1]
     assert main(["attach", *map(str, pair), str(tmp_path / "compiled"), "--compile"]) == 0
     assert json.loads((tmp_path / "compiled/drafter/draft_settings.json").read_text()) == {"compile": True}
+    again = attach(pair[0], tmp_path / "by 1/drafter", tmp_path / "again", settings={"tree_depth": 2})
+    files = [folder / "drafter/draft_settings.json" for folder in (tmp_path / "by 1", again)]
+    assert [json.loads(file.read_text())["tree_depth"] for file in files] == [1, 2]
     with pytest.raises(ValueError, match="tree_deep"):
         attach(*pair, tmp_path / "wrong", settings={"tree_deep": 1})
     assert not (tmp_path / "wrong").exists()

@@ -29,6 +29,7 @@ from dream_hf.drafters import growth as drafting
 from dream_hf.drafters import masked_attention
 from dream_hf.drafters.levels import Beams
 from dream_hf.runtime import compilation as compiling
+from dream_hf.runtime import few_queries
 from dream_hf.runtime.compilation import Settings, compiled_function
 from dream_hf.runtime.kv_cache import SlotLayer, capacity_for, slot_layers
 from dream_hf.runtime.leases import Lease
@@ -92,21 +93,17 @@ def test_shapes_of_trees(name, shape):
     assert [each.is_broken for each in compiled_of(target)] == [False]
 
 
-UNDER_A_DEFAULT_DEVICE = f"""
-import test_compile as tests
-from dream_hf.runtime import few_queries
-
-few_queries._is_for_accelerator = lambda query: tests.torch.compiler.is_compiling()
-target = tests.family("llama").make_target(dtype=tests.torch.float32)
-inputs = tests.family("llama").make_inputs(target, text_len=40)
-drafter = tests.untrained(target, **tests.SMALL_TREE)
-expected = tests.generate(target, inputs, max_new_tokens={NUM_NEW})
-with tests.torch.device("cpu"):
-    settings = {{"assistant_model": drafter, "max_new_tokens": {NUM_NEW}, "compile_config": tests.TRACED}}
-    out = tests.generate(target, inputs, **settings)
-tests.assert_same_tokens(expected, out)
-assert [each.is_broken for model in (target, drafter) for each in tests.compiled_of(model)] == [False, False]
-"""
+def decode_under_a_default_device():
+    """What [`test_under_a_default_device`] runs in another process."""
+    few_queries._is_for_accelerator = lambda query: torch.compiler.is_compiling()
+    target = family("llama").make_target(dtype=torch.float32)
+    inputs = family("llama").make_inputs(target, text_len=40)
+    drafter = untrained(target, **SMALL_TREE)
+    expected = generate(target, inputs, max_new_tokens=NUM_NEW)
+    with torch.device("cpu"):
+        out = generate(target, inputs, assistant_model=drafter, max_new_tokens=NUM_NEW, compile_config=TRACED)
+    assert_same_tokens(expected, out)
+    assert [each.is_broken for model in (target, drafter) for each in compiled_of(model)] == [False, False]
 
 
 def test_under_a_default_device():
@@ -116,7 +113,7 @@ def test_under_a_default_device():
     """
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", UNDER_A_DEFAULT_DEVICE]
+    command = [sys.executable, "-c", "import test_compile; test_compile.decode_under_a_default_device()"]
     ran = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 

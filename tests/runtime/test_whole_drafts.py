@@ -72,9 +72,7 @@ def test_the_same_trees(name, batch, drafts, forwards):
     assert torch.equal(eager.accepted_lengths, out.accepted_lengths)
     assert int(out.accepted_lengths.max()) > 1
     assert drafts["__call__"] > 10 and drafts["look_ahead"] > drafts["__call__"] * 0.7  # but for rows that rest
-    assert (
-        forwards["look_ahead"] > drafts["__call__"] * 0.4
-    )  # those of the last steps do not know how deep they may go
+    assert forwards["look_ahead"] > drafts["__call__"] * 0.4  # but for the last steps, which may not be as deep
     if batch == 1:  # all but the first were there when they were asked for
         assert drafts["begin"] == drafts["look_ahead"] + 1
         assert forwards["_run"] == out.accepted_lengths.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_compile, files_of_drafter
+from .options import add_compile, draft_settings, files_of_drafter
 
 HELP = "Write a target's folder with a drafter in it, which `transformers serve` and others then decode with."
 EXAMPLE = (
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         revision=args.revision,
         drafter_revision=drafter_revision,
         copies=args.copy,
-        settings={"compile": True} if args.compile else None,
+        settings=draft_settings(args),
     )
     print(f"Written: {folder}. Whatever loads it with trust_remote_code=True decodes with the drafter, for instance:")
     print(f"  transformers serve {folder} --trust-remote-code")

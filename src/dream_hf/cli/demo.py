@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import DRAFTERS, add_compile, add_json, add_placement, open_picture, quiet, whole_number
+from .options import DRAFTERS, add_compile, add_json, add_placement, draft_settings, open_picture, quiet, whole_number
 
 if TYPE_CHECKING:
     from ..load_models import Models
@@ -113,7 +113,8 @@ def _load(args: argparse.Namespace) -> Models:
         quantization=args.target_quantization,
         device_map=args.target_device_map,
     )
-    return replace(models, drafter=models.drafter.with_settings(compile=True)) if args.compile else models
+    settings = draft_settings(args)
+    return replace(models, drafter=models.drafter.with_settings(**settings)) if settings else models
 
 
 def _serve_page(args: argparse.Namespace) -> None:

@@ -67,6 +67,11 @@ def add_compile(parser: Any) -> None:
     )
 
 
+def draft_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a drafter that arguments change."""
+    return {"compile": True} if args.compile else {}
+
+
 def load(args: argparse.Namespace) -> Any:
     """The models that the options of [`add_models`] name."""
     from ..load_models import load_models

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .options import add_compile, add_models, files_of_drafter
+from .options import add_compile, add_models, draft_settings, files_of_drafter
 
 HELP = "Serve a target with a drafter: transformers' own server, with an API like OpenAI's."
 EXAMPLE = (
@@ -46,9 +46,14 @@ def run(args: argparse.Namespace) -> None:
     # The server calls a model by the path that it finds it under, and clients have to.
     name = Path(args.target).resolve().name if Path(args.target).is_dir() else args.target
     with tempfile.TemporaryDirectory(prefix="dream-hf-") as place:
-        settings = {"compile": True} if args.compile else None
-        revisions = {"revision": args.revision, "drafter_revision": drafter_revision}
-        attach(target, drafter, Path(place, name), **revisions, settings=settings)
+        attach(
+            target,
+            drafter,
+            Path(place, name),
+            revision=args.revision,
+            drafter_revision=drafter_revision,
+            settings=draft_settings(args),
+        )
         os.chdir(place)
         Serve(
             force_model=name,

@@ -268,7 +268,7 @@ class _Decoding:
         tree = DraftTree.chain(self.roots)
         if not self.schedule.is_paused:
             depth, schedule = self.drafter.settings.tree_depth, self.schedule.max_depth
-            limits = [depth, self.forward.positions_left(), self.stopping.levels_left(self.sequences)]
+            limits = [depth, self.forward.positions_left(), self.stopping.levels_left(min(self.sequences.lengths))]
             most = min(limit for limit in limits if limit is not None)
             drafted = self.session.draft(self.roots, most if schedule is None else min(most, schedule))
             if begun is not None and drafted is begun.drafted:
@@ -283,12 +283,12 @@ class _Decoding:
 
     def _begin(self, drafted: DraftTree, acceptance: Acceptance) -> _Begun | None:
         """The next step, if it may begin: whatever is gained in this one, its tree must not be too deep."""
-        forward, limit = self.forward, self.stopping.max_length
+        forward = self.forward
         if not forward.looks_ahead:
             return None
-        left = [forward.positions_left(), None if limit is None else limit - 1 - max(self.sequences.lengths)]
+        limits = [forward.positions_left(), self.stopping.levels_left(max(self.sequences.lengths))]
         needed = acceptance.path.shape[1] + drafted.max_depth
-        if any(levels is not None and levels < needed for levels in left):
+        if any(limit is not None and limit < needed for limit in limits):
             return None
         tree = self._usable(drafted)
         return _Begun(drafted, tree, forward.look_ahead(tree, acceptance.path, acceptance.lengths))

@@ -37,9 +37,9 @@ class Stopping:
         limits = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
         self.max_length = min(limits) if limits else None
 
-    def levels_left(self, sequences: Sequences) -> int | None:
-        """How deep a tree can be of use below the shortest row, the target adding a token, or None without a limit."""
-        return None if self.max_length is None else self.max_length - min(sequences.lengths) - 1
+    def levels_left(self, length: int) -> int | None:
+        """How deep a tree can be of use below a row of a length, the target adding a token, or None without a limit."""
+        return None if self.max_length is None else self.max_length - length - 1
 
     @property
     def end(self) -> int | None:

@@ -15,10 +15,8 @@ from ..decoding.settings import DraftSettings
 from .downloads import HUB_ERRORS, explain_failure
 from .publishing import add_custom_generate
 
-BESIDE, SETTINGS = (
-    "drafter",
-    "draft_settings.json",
-)  # the folder that custom_generate/generate.py looks into, and a file in it
+BESIDE = "drafter"  # the folder that custom_generate/generate.py looks into
+SETTINGS = "draft_settings.json"  # a file in it
 # Of a target, which has safetensors.
 NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "original/*", "*.gguf"]
 
@@ -68,7 +66,9 @@ def attach(
     shutil.rmtree(folder / "custom_generate", ignore_errors=True)  # a link to the target's own, if it has one
     add_custom_generate(folder)
     if settings:
-        (folder / BESIDE / SETTINGS).write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
+        file = folder / BESIDE / SETTINGS
+        file.unlink(missing_ok=True)  # a link to the drafter's own, if it has one
+        file.write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
     return folder
 
 

@@ -56,14 +56,13 @@ class Slots:
         self.limit, self.path_size = limit, path_size
         self.lease, self.name = lease, name
         self.tentative = 0  # slots after the verified ones that hold something, equal for all rows
-        self.ahead: torch.Tensor | None = None  # (B,), what devices take for verified, too, and the host will hear of
-        self.most_ahead = 0  # how much that may be
         self._pointers: dict[torch.device, Pointers] = {}
         self.place(lengths)
 
     def place(self, lengths: Sequence[int]) -> None:
         """Set the verified slots of each row."""
-        self.ahead, self.most_ahead = None, 0
+        self.ahead: torch.Tensor | None = None  # (B,), what devices take for verified, too, and the host will hear of
+        self.most_ahead = 0  # how much that may be
         self._counts = Counts.of(lengths)
         self.lengths = self._counts.numbers
         self.longest, self.shortest = max(self.lengths), min(self.lengths)
