@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def _fields(picture: Any, question: str, max_new_tokens: int, takes_pictures: bo
     """What is asked about, what is asked, and how long the answer may be."""
     import gradio
 
-    shown = gradio.Image(
+    shown: Any = gradio.Image(
         picture,
         label="Picture",
         type="filepath",
@@ -128,7 +128,7 @@ def _path_of(payload: Any) -> str | None:
     return None if payload is None else payload.path
 
 
-def _examples() -> Sequence[list[str]]:
+def _examples() -> list[list[Any]]:
     """Pictures of the demo world with their questions: the bundled ones, and some drawn anew."""
     from ..demo.pictures import SEED, bundled_picture, draw_picture
     from ..demo.rows import TASKS
